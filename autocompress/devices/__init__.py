@@ -1,0 +1,34 @@
+"""Devices reach a target and time files on it (protocol)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from autocompress.types import Profile, Record
+
+
+class Samples(Record):
+    """Raw times of one window: file -> milliseconds of single runs, in the order taken, files interleaved."""
+
+    times_ms: dict[str, tuple[float, ...]]  # keyed by the file's path as given
+    load_ms: dict[str, float] = {}
+
+
+@runtime_checkable
+class Device(Protocol):
+    """Code that reaches a target. One object per profile."""
+
+    profile: Profile
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies target and runtime: processor, flags, cores, kernel, onnxruntime version. JSON."""
+        ...
+
+    def time(self, models: Sequence[Path], *, rounds: int, seconds: float, cores: Sequence[int] = ()) -> Samples:
+        """Time the files against one another, interleaved, for `rounds` blocks or until `seconds` are over.
+
+        Raises TrialFailure if a file cannot be loaded or run there.
+        """
+        ...

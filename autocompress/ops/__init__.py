@@ -1,0 +1,42 @@
+"""Ops change a model by a policy (protocol): decide reads weights and data, enact only obeys the receipt.
+
+Structure ops (`subject` is an nn.Module, changed in place and returned) run before training; numeric ops
+(`subject` is an `export.Exported`, a new one is returned) run on the exported ONNX parts. Settings of ops of phase
+`train` are read by the training loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from autocompress.types import Profile, Receipt, Rule
+
+if TYPE_CHECKING:
+    from autocompress.tasks import Task
+
+Phase = Literal["structure", "train", "numeric"]
+
+
+@runtime_checkable
+class Op(Protocol):
+    """One technique. `params` maps each setting to the value that leaves the network alone."""
+
+    name: str
+    phase: Phase
+    params: dict[str, Any]
+
+    def decide(self, subject: Any, rules: Sequence[Rule], task: Task, profile: Profile) -> Receipt:
+        """Choose channels, ranks, ranges ... for `rules` (all rules of this op). Leaves `subject` unchanged.
+
+        One entry per rule that asks for something, in order of application; a rule that cannot be followed is an
+        entry `skipped` with its reason. Raises TrialFailure when the whole op cannot be applied.
+        """
+        ...
+
+    def enact(self, subject: Any, receipt: Receipt) -> Any:
+        """Obey the receipt: needs no data, runs no decomposition, draws no random number.
+
+        Raises UserError when the receipt speaks of another network (site and difference named).
+        """
+        ...

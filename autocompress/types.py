@@ -1,0 +1,401 @@
+"""The words of the house as frozen records (floor F0): no behaviour beyond derived values, no heavy import.
+
+Every record forbids unknown fields, so a misspelt key is an error where it is written, not a silent default
+where it is read. Times are milliseconds unless a name says otherwise, shares and drops are fractions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Choice = bool | int | float | str
+"""One value of a gene."""
+Genotype = tuple[int, ...]
+"""One choice index per gene, in the order of the space."""
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Record(BaseModel):
+    """Frozen, no unknown fields, equal by value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# --- the question: space, gene, candidate ---------------------------------------------------------------------
+
+
+class Gene(Record):
+    """One knob. The first choice leaves the parent alone.
+
+    `when` maps other genes' names to the choices under which this gene means anything; a gene that does not apply
+    is set to its first choice in the canonical form, so it cannot make a different candidate.
+    """
+
+    name: str
+    kind: Literal["arch", "policy"]
+    choices: tuple[Choice, ...] = Field(min_length=1)
+    when: dict[str, tuple[Choice, ...]] = {}
+    site: str = ""  # policy genes only: module name in the unmodified network, "." for the whole network
+    op: str = ""
+    param: str = ""
+
+
+class Space(Record):
+    """The joint space, expanded: one gene per knob of the architecture and per (site, op, param) of the policy."""
+
+    name: str
+    genes: tuple[Gene, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Space:
+        seen: dict[str, Gene] = {}
+        for gene in self.genes:
+            if gene.name in seen:
+                raise ValueError(f"gene {gene.name!r} occurs twice")
+            for other in gene.when:
+                if other not in seen:
+                    raise ValueError(f"gene {gene.name!r}: `when` names {other!r}, which is not an earlier gene")
+            seen[gene.name] = gene
+        return self
+
+
+class Rule(Record):
+    """One line of a policy: apply `op` to `site` with `settings` (ratio, bits, rank ...)."""
+
+    site: str
+    op: str
+    settings: dict[str, Choice]
+
+
+class Policy(Record):
+    """The compression policy of one candidate: rules in the order of the space."""
+
+    rules: tuple[Rule, ...] = ()
+
+    def of(self, op: str) -> tuple[Rule, ...]:
+        """The rules of one op."""
+        return tuple(rule for rule in self.rules if rule.op == op)
+
+
+class Candidate(Record):
+    """A decoded genotype: what to build and how to compress it."""
+
+    arch: dict[str, Choice]
+    policy: Policy
+
+
+# --- targets: profile, budget, goal ---------------------------------------------------------------------------
+
+
+class Numeric(Record):
+    """How integers are computed on a target; profiles with equal settings share one variant (file).
+
+    The activation type decides whether convolutions fuse: with the wrong one int8 is slower than fp32.
+    """
+
+    activation: Literal["uint8", "int8"] = "uint8"
+    weight: Literal["int8", "uint8"] = "int8"
+    per_channel: bool = True
+    reduce_range: bool = False
+    calibration: Literal["minmax", "entropy", "percentile"] = "minmax"
+
+    @property
+    def variant(self) -> str:
+        """Short name of the file these settings make, e.g. `u8s8-pc-minmax`."""
+        short = {"uint8": "u8", "int8": "s8"}
+        reduced = "-rr" if self.reduce_range else ""
+        scheme = "pc" if self.per_channel else "pt"
+        return f"{short[self.activation]}{short[self.weight]}-{scheme}{reduced}-{self.calibration}"
+
+
+class Profile(Record):
+    """YAML facts of a target device."""
+
+    name: str
+    about: str = ""
+    device: str = "local"  # which device plug-in reaches it
+    provider: str = "CPUExecutionProvider"
+    provider_options: dict[str, str] = {}
+    threads: int = Field(default=1, ge=1)
+    batch: int = Field(default=1, ge=1)
+    numeric: Numeric = Numeric()
+    channel_multiple: int = Field(default=1, ge=1)
+    opset: int = Field(default=17, ge=13)
+    expects: tuple[str, ...] = ()  # processor flags without which a reading would not speak of this target
+
+
+class Budget(Record):
+    """Hard bounds on one device. `speedup` is against the uncompressed ONNX file on the same device."""
+
+    profile: str
+    latency_ms: Positive | None = None
+    speedup: Positive | None = None
+    size_mb: Positive | None = None
+
+
+class Goal(Record):
+    """One device, or `all-devices`, with its budgets: it has its own violation, front and winner."""
+
+    name: str
+    budgets: tuple[Budget, ...]
+
+
+class Limit(Record):
+    """What quality must hold: a floor in the metric's own unit, higher is better."""
+
+    metric: str
+    floor: float
+
+
+# --- what is measured: reading, quality, outcome ----------------------------------------------------------------
+
+
+class Interval(Record):
+    """A point estimate with a two-sided 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Reading(Record):
+    """Latency of one file on one device, interleaved with the baseline; refused when noisy (`noisy` set)."""
+
+    profile: str
+    ms: Interval  # median
+    p95_ms: float
+    baseline_ms: Interval  # the uncompressed file, in the same window
+    ratio: Interval  # candidate / baseline; what is compared and promised
+    samples: int
+    rounds: int
+    noisy: bool = False
+    quiet: bool = False  # taken in a quiet phase (trainers paused) rather than on reserved cores
+    cores: tuple[int, ...] = ()
+    fingerprint: str = ""  # short hash of the device's fingerprint
+    seconds: float = 0.0  # station time spent
+
+    @property
+    def speedup(self) -> float:
+        """Baseline over candidate."""
+        return 1.0 / self.ratio.value
+
+
+class Quality(Record):
+    """Quality of an ONNX file on one split."""
+
+    metric: str
+    split: str
+    value: Interval
+    samples: int
+
+
+class State(StrEnum):
+    """Where a trial stands. `running` and `rung` are open; the others are ends of an attempt."""
+
+    RUNNING = "running"
+    RUNG = "rung"
+    DONE = "done"
+    INFEASIBLE = "infeasible"  # over every budget by measured latency; no training was spent
+    STOPPED = "stopped"  # not promoted past its rung; may be promoted later, from its checkpoint
+    FAILED = "failed"
+
+    @property
+    def ended(self) -> bool:
+        """True for the ends of an attempt."""
+        return self not in (State.RUNNING, State.RUNG)
+
+
+class Outcome(Record):
+    """What one evaluation found. Readings and quality are keyed by profile name."""
+
+    fidelity: Share = 0.0
+    readings: dict[str, Reading] = {}
+    quality: dict[str, Quality] = {}
+    size_mb: dict[str, float] = {}  # file size per profile, 1 MB = 1e6 bytes
+    macs: int = 0
+    parameters: int = 0
+    seconds: dict[str, float] = {}  # where the time went, by stage
+    reason: str = ""  # why it failed or was infeasible, one line
+    notes: tuple[str, ...] = ()  # e.g. "lowrank stages.0.0.conv1: skipped, factors cost more than the layer"
+    files: dict[str, str] = {}  # role -> sha256 in the store (checkpoint, model:<variant>, receipts ...)
+
+
+class Proposal(Record):
+    """A searcher's answer to an ask; `note` comes back in the trial."""
+
+    genotype: Genotype
+    note: dict[str, Any] = {}
+
+
+class Trial(Record):
+    """One numbered evaluation. Number 0 is the control: the uncompressed parent."""
+
+    number: int
+    genotype: Genotype
+    state: State
+    attempt: int = 1
+    rung: int = -1  # last rung reached, -1 before the first
+    outcome: Outcome = Outcome()
+    note: dict[str, Any] = {}
+
+
+class Assignment(Record):
+    """What a worker is asked to do: evaluate a candidate, from a checkpoint where one is named."""
+
+    number: int
+    attempt: int
+    genotype: Genotype
+    candidate: Candidate
+    rungs: tuple[Share, ...]  # fidelities to pass through, ascending, the last is the full training
+    start: int = 0  # index of the first rung to train; earlier ones are in the checkpoint
+    checkpoint: str | None = None  # sha256 in the store
+    seed: int = 0
+
+
+# --- facts: what is known before the search -----------------------------------------------------------------------
+
+
+class Site(Record):
+    """A place in the unmodified network that a policy can speak of. `ops` names the ops that can act there."""
+
+    name: str
+    kind: str  # "conv", "linear", "depthwise" ...
+    ops: tuple[str, ...] = ()
+    when: dict[str, tuple[Choice, ...]] = {}  # arch choices under which the site exists at all
+    parameters: int = 0
+    macs: int = 0
+    in_channels: int = 0
+    out_channels: int = 0
+    kernel: int = 1
+    depth: Share = 0.0  # position from input (0) to output (1)
+
+
+class Facts(Record):
+    """Frozen inputs of a search, kept in the journal's header."""
+
+    sites: tuple[Site, ...] = ()
+    baseline: dict[str, Reading] = {}
+    baseline_quality: Quality | None = None
+    baseline_size_mb: float = 0.0
+    parent: str = ""  # sha256 of the parent's weights
+    fingerprints: dict[str, dict[str, Any]] = {}  # device fingerprints by their short hash
+    versions: dict[str, str] = {}
+    warm: tuple[Trial, ...] = ()  # trials of earlier runs of the same space
+
+
+# --- receipts -------------------------------------------------------------------------------------------------------
+
+
+class Entry(Record):
+    """What an op decided for one site."""
+
+    site: str
+    status: Literal["done", "skipped"] = "done"
+    why: str = ""  # for `skipped`: one line
+    asked: dict[str, Choice] = {}
+    achieved: dict[str, float] = {}
+    facts: dict[str, Any] = {}  # JSON only: indices kept, rank, ranges ...
+
+
+class Receipt(Record):
+    """What exactly one op decided, in order of application. Facts alone rebuild every shape."""
+
+    op: str
+    version: int = 1
+    entries: tuple[Entry, ...] = ()
+
+
+# --- the job --------------------------------------------------------------------------------------------------------
+
+
+class ModelSource(Record):
+    """The parent: a builder's name (or `module:attr`), and trained weights (otherwise it is trained first)."""
+
+    builder: str
+    weights: str | None = None
+    arch: dict[str, Choice] = {}
+
+
+class QualityLimit(Record):
+    """`max_drop` below the baseline on the selection split, or an absolute `min`; exactly one of the two."""
+
+    metric: str = "accuracy"
+    max_drop: Share | None = None
+    min: float | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> QualityLimit:
+        if (self.max_drop is None) == (self.min is None):
+            raise ValueError("give exactly one of `max_drop` and `min`")
+        return self
+
+
+class Cost(Record):
+    """What the search may spend; it ends at whichever comes first."""
+
+    trials: int = Field(default=100, ge=1)
+    minutes: Positive = 60.0
+
+
+class Fidelity(Record):
+    """Rungs of training. `full_epochs` is what fidelity 1 means; `rungs` are fidelities, ascending, ending in 1."""
+
+    full_epochs: Positive = 10.0
+    rungs: tuple[Share, ...] = (0.3, 1.0)
+    keep: Share = 0.5  # share of trials at a rung that go on
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Fidelity:
+        if not self.rungs or list(self.rungs) != sorted(set(self.rungs)) or self.rungs[-1] != 1.0 or self.rungs[0] <= 0:
+            raise ValueError("`rungs` must ascend, start above 0 and end in 1.0, e.g. [0.3, 1.0]")
+        return self
+
+
+class SearchPlan(Record):
+    """Which searcher, and how much it may spend."""
+
+    searcher: str = "evolution"
+    options: dict[str, Any] = {}
+    seed: int = Field(default=0, ge=0)
+    fidelity: Fidelity = Fidelity()
+    cost: Cost = Cost()
+    workers: int | None = Field(default=None, ge=1)
+
+
+class Job(Record):
+    """A whole search, as `examples/digits.yaml` writes it."""
+
+    task: str
+    model: ModelSource
+    space: str
+    devices: tuple[Budget, ...] = Field(min_length=1)
+    quality: QualityLimit = QualityLimit(max_drop=0.01)
+    search: SearchPlan = SearchPlan()
+    out: str
+
+    @model_validator(mode="after")
+    def _devices_differ(self) -> Job:
+        names = [budget.profile for budget in self.devices]
+        if len(set(names)) != len(names):
+            raise ValueError("`devices` names a profile twice")
+        return self
+
+
+Arch = Mapping[str, Choice]
+
+
+class UserError(Exception):
+    """The person at the keyboard can mend this: one line saying what is wrong, where, and what to do (exit code 2)."""
+
+
+class LimitError(Exception):
+    """A stated limit (quality, budget, parity) does not hold (exit code 1)."""
+
+
+class TrialFailure(Exception):
+    """A candidate cannot be evaluated: becomes a failed trial with this reason, and the search goes on."""
