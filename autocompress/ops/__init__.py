@@ -7,7 +7,7 @@ Structure ops (`subject` is an nn.Module, changed in place and returned) run bef
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from autocompress.types import Profile, Receipt, Rule
@@ -26,16 +26,27 @@ class Op(Protocol):
     phase: Phase
     params: dict[str, Any]
 
-    def decide(self, subject: Any, rules: Sequence[Rule], task: Task, profile: Profile) -> Receipt:
+    def decide(
+        self,
+        subject: Any,
+        rules: Sequence[Rule],
+        task: Task,
+        profile: Profile,
+        tensors: dict[str, Any] | None = None,
+    ) -> Receipt:
         """Choose channels, ranks, ranges ... for `rules` (all rules of this op). Leaves `subject` unchanged.
+
+        What was fitted (factors, codebooks) is written into `tensors` by name; the receipt itself is JSON.
 
         One entry per rule that asks for something, in order of application; a rule that cannot be followed is an
         entry `skipped` with its reason. Raises TrialFailure when the whole op cannot be applied.
         """
         ...
 
-    def enact(self, subject: Any, receipt: Receipt) -> Any:
+    def enact(self, subject: Any, receipt: Receipt, tensors: Mapping[str, Any] | None = None) -> Any:
         """Obey the receipt: needs no data, runs no decomposition, draws no random number.
+
+        Without `tensors` every shape is right and fitted values are left as initialised (trained weights follow).
 
         Raises UserError when the receipt speaks of another network (site and difference named).
         """
