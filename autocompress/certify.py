@@ -1,0 +1,238 @@
+"""Certification: finalists are measured again, alone and in several sessions, and judged by their upper bounds.
+
+Pure on records: how a file is measured is passed in. A budget counts as met only when the 95 % bound on the bad side
+is within it, a noisy reading certifies nothing, and readings of two different hosts are never pooled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from scipy.special import stdtrit
+
+from autocompress.pareto import meets
+from autocompress.types import Budget, Goal, Interval, Limit, Quality, Reading, Record
+
+T = TypeVar("T")
+
+
+class Bound(Record):
+    """One budget on one device against what was measured. For `speedup` the bound is the lower one, else the upper."""
+
+    profile: str
+    name: str  # latency_ms | speedup | size_mb
+    budget: float
+    measured: float
+    bound: float
+    met: bool
+
+
+class Certificate(Record):
+    """The measured proof that ships with an artifact. `reason` is one line and empty exactly when certified."""
+
+    goal: str
+    certified: bool
+    reason: str = ""
+    bounds: tuple[Bound, ...] = ()
+    budget_met: bool
+    quality_held: bool
+    floor: float
+    quality: dict[str, Quality] = {}  # selection split, of the ONNX file for each profile
+    readings: dict[str, Reading] = {}  # pooled over sessions; `fingerprint` names the host
+    sessions: dict[str, int] = {}
+    size_mb: dict[str, float] = {}
+
+
+@dataclass(frozen=True)
+class Selection(Generic[T]):
+    """Which finalist won, and what became of those tried. Without a certified one, `winner` is the closest."""
+
+    winner: T
+    certificate: Certificate
+    tried: tuple[tuple[T, Certificate], ...]
+
+
+def pool(readings: Sequence[Reading]) -> Reading:
+    """Several sessions of the same file on the same device as one reading.
+
+    Median and ratio are means of logarithms; the half width is the larger of what spread within the sessions and of
+    what spread between them allow, the latter with Student's t (the modified Hartung-Knapp interval: Knapp and Hartung
+    2003, section 3, equal weights). p95 is the worst session's. Raises ValueError for no readings, or of two devices.
+    """
+    if not readings:
+        raise ValueError("no readings to pool")
+    first = readings[0]
+    if any(reading.profile != first.profile for reading in readings):
+        raise ValueError("readings of different profiles cannot be pooled")
+    if len(readings) == 1:
+        return first
+    hosts = sorted({reading.fingerprint for reading in readings})
+    return Reading(
+        profile=first.profile,
+        ms=_pooled([reading.ms for reading in readings]),
+        p95_ms=max(reading.p95_ms for reading in readings),
+        baseline_ms=_pooled([reading.baseline_ms for reading in readings]),
+        ratio=_pooled([reading.ratio for reading in readings]),
+        samples=sum(reading.samples for reading in readings),
+        rounds=sum(reading.rounds for reading in readings),
+        noisy=any(reading.noisy for reading in readings),
+        quiet=any(reading.quiet for reading in readings),
+        cores=tuple(sorted({core for reading in readings for core in reading.cores})),
+        fingerprint="+".join(hosts),
+        seconds=sum(reading.seconds for reading in readings),
+    )
+
+
+def _pooled(intervals: Sequence[Interval]) -> Interval:
+    logs = [math.log(interval.value) for interval in intervals]
+    count = len(logs)
+    mean = sum(logs) / count
+    # Intervals of medians need not be symmetric: the wider side speaks for both.
+    within = sum(_half_width(interval) ** 2 for interval in intervals) / count
+    between = sum((value - mean) ** 2 for value in logs) / (count - 1)
+    quantile = float(stdtrit(count - 1, 0.975))
+    half = max(math.sqrt(within / count), quantile * math.sqrt(between / count))
+    return Interval(value=math.exp(mean), low=math.exp(mean - half), high=math.exp(mean + half))
+
+
+def _half_width(interval: Interval) -> float:
+    low = max(interval.low, 1e-12)
+    return max(math.log(interval.high / interval.value), math.log(interval.value / low), 0.0)
+
+
+def bounds(budget: Budget, reading: Reading, size_mb: float | None) -> tuple[Bound, ...]:
+    """Every bound that a budget states, against the unfavourable end of the interval (the search's own rule)."""
+    size = math.inf if size_mb is None else size_mb
+    figures = {
+        "latency_ms": (budget.latency_ms, reading.ms.value, reading.ms.high),
+        "speedup": (budget.speedup, reading.speedup, 1.0 / reading.ratio.high),
+        "size_mb": (budget.size_mb, size, size),
+    }
+    found: list[Bound] = []
+    for name, met in meets(reading, budget, size_mb).items():
+        asked, measured, bound = figures[name]
+        if asked is not None:
+            found.append(
+                Bound(profile=budget.profile, name=name, budget=asked, measured=measured, bound=bound, met=met)
+            )
+    return tuple(found)
+
+
+def judge(
+    goal: Goal,
+    readings: Mapping[str, Reading],
+    *,
+    quality: Mapping[str, Quality],
+    size_mb: Mapping[str, float],
+    limit: Limit,
+    sessions: Mapping[str, int] | None = None,
+) -> Certificate:
+    """Certificate of one file (or one per profile) for a goal; readings, quality and sizes are keyed by profile.
+
+    The quality floor is held by the point estimate on the selection split, the same rule that steered the search; its
+    interval stands beside it. Never raises for a bad candidate: the reason says what is missing.
+    """
+    profiles = [budget.profile for budget in goal.budgets]
+    checked = tuple(
+        bound
+        for budget in goal.budgets
+        if budget.profile in readings
+        for bound in bounds(budget, readings[budget.profile], size_mb.get(budget.profile))
+    )
+    held = all(name in quality and quality[name].value.value >= limit.floor for name in profiles)
+    unmeasured = [name for name in profiles if name not in readings]
+    reasons = [f"{name} was not measured" for name in unmeasured]
+    reasons += [_says(bound) for bound in checked if not bound.met]
+    reasons += [
+        f"{limit.metric} {quality[name].value.value:.4f} on {name} is below the floor {limit.floor:.4f}"
+        if name in quality
+        else f"{limit.metric} on {name} is unknown"
+        for name in profiles
+        if name not in quality or quality[name].value.value < limit.floor
+    ]
+    reasons += [f"readings on {name} stayed noisy" for name in profiles if name in readings and readings[name].noisy]
+    reasons += [
+        f"sessions on {name} ran on different hosts"
+        for name in profiles
+        if name in readings and "+" in readings[name].fingerprint
+    ]
+    return Certificate(
+        goal=goal.name,
+        certified=not reasons,
+        reason="; ".join(reasons),
+        bounds=checked,
+        budget_met=not unmeasured and all(bound.met for bound in checked),
+        quality_held=held,
+        floor=limit.floor,
+        quality={name: quality[name] for name in profiles if name in quality},
+        readings={name: readings[name] for name in profiles if name in readings},
+        sessions=dict(sessions) if sessions is not None else {name: 1 for name in profiles if name in readings},
+        size_mb={name: size_mb[name] for name in profiles if name in size_mb},
+    )
+
+
+def _says(bound: Bound) -> str:
+    if bound.name == "speedup":
+        return f"{bound.profile}: {bound.bound:.2f}x (lower bound) of the {bound.budget:g}x asked"
+    if bound.name == "latency_ms":
+        return f"{bound.profile}: {bound.bound:.3f} ms (upper bound), budget {bound.budget:g} ms"
+    return f"{bound.profile}: {bound.measured:.3f} MB, budget {bound.budget:g} MB"
+
+
+def certify(
+    measure: Callable[[str], Reading],
+    goal: Goal,
+    *,
+    quality: Mapping[str, Quality],
+    size_mb: Mapping[str, float],
+    limit: Limit,
+    sessions: int = 3,
+) -> Certificate:
+    """Measure a finalist on every device of a goal in `sessions` sessions, pool and judge.
+
+    `measure(profile)` times the file of that profile alone, uncached. Devices take turns, so that sessions on one
+    device lie apart in time. A noisy session is taken once more before it counts as noisy.
+    """
+    if sessions < 1:
+        raise ValueError("at least one session is needed")
+    taken: dict[str, list[Reading]] = {budget.profile: [] for budget in goal.budgets}
+    for _ in range(sessions):
+        for profile, readings in taken.items():
+            reading = measure(profile)
+            readings.append(measure(profile) if reading.noisy else reading)
+    pooled = {profile: pool(readings) for profile, readings in taken.items()}
+    counts = {profile: len(readings) for profile, readings in taken.items()}
+    return judge(goal, pooled, quality=quality, size_mb=size_mb, limit=limit, sessions=counts)
+
+
+def choose(finalists: Sequence[T], certify_one: Callable[[T], Certificate]) -> Selection[T] | None:
+    """Certify finalists in order until one passes; None without finalists.
+
+    If none passes, the one that misses least is the winner by name, with its uncertified certificate.
+    """
+    tried: list[tuple[T, Certificate]] = []
+    for finalist in finalists:
+        certificate = certify_one(finalist)
+        tried.append((finalist, certificate))
+        if certificate.certified:
+            return Selection(finalist, certificate, tuple(tried))
+    if not tried:
+        return None
+    winner, certificate = min(tried, key=lambda pair: miss(pair[1]))
+    return Selection(winner, certificate, tuple(tried))
+
+
+def miss(certificate: Certificate) -> float:
+    """How far a certificate is from holding: sum of relative excesses over budgets and below the floor; 0 if none."""
+    total = 0.0
+    for bound in certificate.bounds:
+        excess = bound.budget / bound.bound if bound.name == "speedup" else bound.bound / bound.budget
+        total += max(excess - 1.0, 0.0)
+    for quality in certificate.quality.values():
+        total += max(certificate.floor - quality.value.value, 0.0) / max(abs(certificate.floor), 1e-9)
+    if not certificate.certified and total == 0.0:
+        return math.inf if not certificate.readings else 1e-9  # noisy or mixed hosts: close, but unproven
+    return total
