@@ -1,0 +1,236 @@
+"""The command line. Exit codes: 0 done, 1 a stated limit fails, 2 yours to mend, 70 a bug of ours, 130 Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import autocompress
+from autocompress.types import LimitError, UserError
+
+app = typer.Typer(
+    name="autocompress",
+    help="Search architecture and compression policy together, scored on the ONNX file that ships.",
+    epilog="First steps: autocompress search examples/digits.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+_debug = False
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="YAML file that says what to search, e.g. digits.yaml.")]
+OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a search (`out` in its job).")]
+
+
+def main() -> None:
+    """The console script: runs a command; what the user can mend becomes a red line, never a traceback."""
+    # As `python -m` does: `module:attr` in a job finds the user's own code, installed packages come first.
+    sys.path.append(str(Path.cwd()))
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error), 2)
+    except LimitError as error:
+        _fail(str(error), 1)
+    except Exception as error:
+        if _debug:
+            raise
+        _fail(f"{type(error).__name__}: {_first_line(error)}\nThis is a bug of autocompress; {_log(error)}", 70)
+
+
+def _fail(text: str, code: int) -> None:
+    for line in text.splitlines():
+        _errors.print(line, style="red", markup=False)
+    sys.exit(code)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "no message")
+
+
+def _log(error: Exception) -> str:
+    report = (
+        f"autocompress {autocompress.__version__}, Python {platform.python_version()}, {platform.platform()}\n"
+        f"arguments: {sys.argv[1:]}\n\n{''.join(traceback.format_exception(error))}"
+    )
+    try:
+        handle, name = tempfile.mkstemp(prefix="autocompress-", suffix=".log")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(report)
+    except OSError:
+        return "run the command again as `autocompress --debug ...` to see where."
+    return f"please report it with {name} (or see it with `autocompress --debug ...`)."
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"autocompress {autocompress.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an unexpected error.")] = False,
+    _asked: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    global _debug  # noqa: PLW0603  # read by `main` after the command is gone
+    _debug = debug
+
+
+@app.command(epilog="Example: autocompress search examples/digits.yaml --trials 20 --out runs/first")
+def search(
+    job: JobFile,
+    out: Annotated[str | None, typer.Option(help="Folder for results, relative to the current one.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of searcher and training.")] = None,
+    searcher: Annotated[
+        str | None, typer.Option(help="random, evolution, policy_gradient, optuna or module:attr.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="How many candidates at most.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="How long the search may take.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Candidates evaluated at the same time.")] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:6379", help="Use this running Ray cluster instead of one of our own.")
+    ] = None,
+    serial: Annotated[bool, typer.Option("--serial", help="One candidate after another in this process.")] = False,
+) -> None:
+    """Search for the best model per device. Options take the place of what JOB says."""
+    if serial and address:
+        raise UserError("--serial and --address exclude one another: a cluster is used through Ray")
+    record = _job(
+        job,
+        {
+            "out": out,
+            "search.seed": seed,
+            "search.searcher": searcher,
+            "search.cost.trials": trials,
+            "search.cost.minutes": minutes,
+            "search.workers": workers,
+        },
+    )
+    from autocompress.search import run
+
+    run(record, address=address, serial=serial, console=Console())
+
+
+@app.command(epilog="Example: autocompress resume runs/digits")
+def resume(out: OutFolder) -> None:
+    """Go on with an interrupted search: nothing that its journal holds is lost or done twice."""
+    from autocompress.search import resume as go_on
+
+    go_on(out)
+
+
+@app.command(epilog="Example: autocompress report runs/digits")
+def report(out: OutFolder) -> None:
+    """Write OUT/report.html again from what the search found so far."""
+    from autocompress.report import write
+
+    typer.echo(write(out))
+
+
+@app.command(epilog="Example: autocompress measure runs/digits/best/local-1t/model.onnx --profile local-1t --json")
+def measure(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="File to time.")],
+    profile: Annotated[str, typer.Option(help="Target: a name from `autocompress profiles`, or a YAML file.")],
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="FILE.onnx", help="File to compare with (else the model itself).")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure.")] = 3.0,
+    json: Annotated[bool, typer.Option("--json", help="The whole reading as JSON.")] = False,
+) -> None:
+    """Time an ONNX file on a target, interleaved with a baseline."""
+    from autocompress.devices.station import measure_file
+    from autocompress.load import profile as load_profile
+
+    reading = measure_file(model, load_profile(profile), baseline=baseline, seconds=seconds)
+    if json:
+        typer.echo(reading.model_dump_json(indent=2))
+        return
+    ms, ratio = reading.ms, reading.ratio
+    typer.echo(
+        f"{reading.profile}: median {ms.value:.3f} ms [{ms.low:.3f}, {ms.high:.3f}], p95 {reading.p95_ms:.3f} ms"
+    )
+    if baseline is not None:
+        typer.echo(
+            f"{reading.speedup:.2f}x the baseline's speed (ratio {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}])"
+        )
+    cores = ", ".join(map(str, reading.cores)) or "any"
+    noisy = "; noisy: not to be relied on" if reading.noisy else ""
+    typer.echo(f"{reading.samples} runs in {reading.rounds} rounds on core {cores}{noisy}")
+
+
+@app.command(epilog="Example: autocompress apply runs/digits/best/local-1t --weights new.safetensors --out next")
+def apply(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder under OUT/best.")],
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Retrained weights of the same network (.safetensors).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the new artifact.")] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Quality that may be lost, as a fraction: 0.01 is one point.")
+    ] = None,
+) -> None:
+    """Apply a found policy to new weights of the same network; without --weights, make the artifact again.
+
+    Exits with 1 and the reason when quality or a budget does not hold.
+    """
+    from autocompress.apply import apply as enact
+
+    typer.echo(enact(artifact, weights=weights, out=out, max_drop=max_drop))
+
+
+@app.command(epilog="Example: autocompress spaces convnet > mine.yaml")
+def spaces(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one's file.")] = None) -> None:
+    """List the search spaces that come with the package, or show one as a start for your own."""
+    from autocompress import load, shelves
+
+    if name is not None:
+        typer.echo(shelves.find(shelves.SPACES, name).read_text(encoding="utf-8"), nl=False)
+        return
+    for one in load.spaces():
+        typer.echo(f"{one:<16} {load.space_file(one).about}")
+
+
+@app.command(epilog="Example: autocompress profiles x86-vnni-1t")
+def profiles(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one's file.")] = None,
+) -> None:
+    """List the hardware profiles that come with the package, or show one as a start for your own."""
+    from autocompress import load, shelves
+
+    if name is not None:
+        typer.echo(shelves.find(shelves.PROFILES, name).read_text(encoding="utf-8"), nl=False)
+        return
+    for one in load.profiles():
+        typer.echo(f"{one:<16} {load.profile(one).about}")
+
+
+@app.command(epilog="Example: autocompress check examples/digits.yaml")
+def check(job: JobFile) -> None:
+    """Say what is wrong with JOB, or what its search will take, without running it."""
+    record = _job(job, {})
+    from autocompress.search import estimate
+
+    typer.echo(estimate(record))
+
+
+def _job(path: Path, changes: dict[str, Any]) -> autocompress.Job:
+    from autocompress.load import job
+
+    return job(path, {key: value for key, value in changes.items() if value is not None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""(kind, name) -> object. Three doors: what comes built in, an installed package's entry point, `module:attr`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal, get_args
+
+from autocompress.shelves import suggest
+from autocompress.types import UserError
+
+Kind = Literal["op", "searcher", "device", "task", "builder"]
+
+# Paths, not objects: nothing is imported before it is asked for.
+BUILT_IN: dict[Kind, dict[str, str]] = {
+    "op": {
+        "prune": "autocompress.ops.prune:Prune",
+        "lowrank": "autocompress.ops.lowrank:LowRank",
+        "quantize": "autocompress.ops.quantize:Quantize",
+        "distill": "autocompress.distill:Distill",
+    },
+    "searcher": {
+        "random": "autocompress.searchers.random:Random",
+        "evolution": "autocompress.searchers.evolution:Evolution",
+        "policy_gradient": "autocompress.searchers.policy_gradient:PolicyGradient",
+        "optuna": "autocompress.searchers.optuna:Optuna",
+    },
+    "device": {"local": "autocompress.devices.local:LocalDevice"},
+    "task": {"digits": "autocompress.tasks.digits:Digits"},
+    "builder": {"convnet": "autocompress.models.convnet:ConvNet"},
+}
+# Packages that only an extra of ours brings.
+_EXTRAS = {"optuna": "optuna", "nni": "nni", "pytorch_lightning": "nni"}
+
+
+def resolve(kind: Kind, name: str, *, trusted: bool = True) -> Any:
+    """What goes by `name`: a class to call or an object ready for use, as its module defines it.
+
+    With `trusted=False` (names read from a policy or an artifact) only built-ins and entry points of installed
+    packages count: `module:attr` is refused and nothing is imported. Raises UserError, near names listed.
+    """
+    if name in BUILT_IN[kind]:
+        return _built_in(kind, name)
+    entries = _entries(kind)
+    if len(found := entries.get(name, ())) > 1:
+        raise UserError(
+            f"{kind} {name!r} comes from several packages ({', '.join(map(_package, found))}): uninstall one"
+        )
+    if found:
+        return _foreign(kind, name, found[0].value)
+    if ":" in name:
+        if not trusted:
+            raise UserError(f"{kind} {name!r}: a policy or artifact cannot name code to import; nothing was executed")
+        return _foreign(kind, name, name)
+    raise UserError(f"unknown {kind} {name!r}; {suggest(name, names(kind))}" + (" (or module:attr)" if trusted else ""))
+
+
+def make(kind: Kind, name: str, *, trusted: bool = True) -> Any:
+    """`resolve`, and a class is called without arguments: for ops, tasks and builders."""
+    found = resolve(kind, name, trusted=trusted)
+    return found() if isinstance(found, type) else found
+
+
+def check(kind: Kind, name: str) -> None:
+    """Raises UserError if no door leads to `name`; imports nothing (a `module:attr` is believed)."""
+    if ":" not in name and name not in names(kind):
+        raise UserError(f"unknown {kind} {name!r}; {suggest(name, names(kind))} (or module:attr)")
+
+
+def names(kind: Kind) -> tuple[str, ...]:
+    """Built-in names first, then those of entry points."""
+    return (*BUILT_IN[kind], *sorted(set(_entries(kind)) - set(BUILT_IN[kind])))
+
+
+def kinds() -> tuple[Kind, ...]:
+    """All kinds of plug-in."""
+    return get_args(Kind)
+
+
+@cache
+def _entries(kind: Kind) -> dict[str, tuple[EntryPoint, ...]]:
+    found: dict[str, tuple[EntryPoint, ...]] = {}
+    for entry in entry_points(group=f"autocompress.{kind}"):
+        found[entry.name] = (*found.get(entry.name, ()), entry)
+    return found
+
+
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else entry.value
+
+
+def _built_in(kind: Kind, name: str) -> Any:
+    module, _, attribute = BUILT_IN[kind][name].partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        raise UserError(f"{kind} {name!r} needs more packages: pip install 'autocompress[{extra}]'") from error
+
+
+def _foreign(kind: Kind, name: str, value: str) -> Any:
+    module, _, attribute = value.partition(":")
+    if not all(part.isidentifier() for part in _parts(module, attribute)):
+        raise UserError(f"{kind} {name!r}: write module:attr, e.g. mypackage.tasks:Faces")
+    try:
+        found: Any = import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise UserError(f"{kind} {name!r}: importing {module} failed: {error}") from error
+        raise UserError(
+            f"{kind} {name!r}: no module {error.name!r} in the current folder or among the installed packages"
+        ) from error
+    except Exception as error:  # a stranger's module may raise anything
+        raise UserError(f"{kind} {name!r}: importing {module} failed: {type(error).__name__}: {error}") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = tuple(one for one in dir(found) if not one.startswith("_"))
+            raise UserError(f"{kind} {name!r}: {module} has no {part!r}; {suggest(part, public)}")
+        found = getattr(found, part)
+    return found
+
+
+def _parts(module: str, attribute: str) -> Iterator[str]:
+    yield from module.split(".")
+    yield from attribute.split(".")
