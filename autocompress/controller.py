@@ -1,0 +1,480 @@
+"""The loop: ask, tell, journal, resume (floor F4). Knows neither torch nor ray, nor how a trial is evaluated.
+
+Every step is written to the journal first and acted upon afterwards. States of a trial in the journal: `running` (a new
+attempt, with `why`: new, promoted, resumed or retry), `rung` (it went on), and the ends of `types.State`.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from autocompress.journal import FORMAT, HEADER, Event, Journal
+from autocompress.rungs import Ladder
+from autocompress.searchers import Searcher
+from autocompress.space import canonical, check, decode, parent
+from autocompress.types import (
+    Assignment,
+    Cost,
+    Facts,
+    Genotype,
+    Goal,
+    Limit,
+    Outcome,
+    Record,
+    SearchPlan,
+    Space,
+    State,
+    Trial,
+    TrialFailure,
+    UserError,
+)
+
+RETRIES = 2
+COST = "cost"  # an event of number 0: the cost was changed on resuming
+
+
+class Header(Record):
+    """What a journal's first line says: all that a searcher is a function of, and the caller's own `more`."""
+
+    number: int = 0
+    state: str = HEADER
+    format: int = FORMAT
+    space: Space
+    goals: tuple[Goal, ...]
+    limit: Limit
+    plan: SearchPlan
+    facts: Facts = Facts()
+    more: dict[str, Any] = {}  # e.g. the job as it was written
+
+    def event(self) -> Event:
+        """As the journal keeps it."""
+        return self.model_dump(mode="json")
+
+
+def header(journal: Journal) -> Header:
+    """The header of an open journal. Raises UserError if it is not one of ours."""
+    try:
+        return Header.model_validate(journal.header)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{journal.path}, line 1: {where}: {first['msg']}; restore the file from a copy") from error
+
+
+class Evaluator(Protocol):
+    """Evaluates one assignment after another."""
+
+    def evaluate(self, assignment: Assignment) -> Iterator[tuple[State, Outcome]]:
+        """Yield (RUNG, outcome) after each rung but the last, then one end; closing the generator stops the trial."""
+        ...
+
+
+class Controller:
+    """Which trial next, does it go on, what came out. One thread calls it; `stop` may be called from any."""
+
+    def __init__(
+        self,
+        space: Space,
+        goals: tuple[Goal, ...],
+        limit: Limit,
+        plan: SearchPlan,
+        searcher: Searcher,
+        facts: Facts,
+        journal: Journal,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """A search that begins now: `journal` was just created. Use `resume` for one that has events."""
+        self.space, self.goals, self.limit, self.plan, self.facts = space, tuple(goals), limit, plan, facts
+        self.searcher, self.journal = searcher, journal
+        self.cost = plan.cost
+        self.notes: list[str] = list(journal.notes)  # what the user should hear once
+        self.on_event: Callable[[Event], None] | None = None
+        self._trials: dict[int, Trial] = {}
+        self._open: set[int] = set()  # numbers of trials in flight
+        self._asked = 0
+        self._again: dict[int, str] = {}  # number -> why it runs again: resumed or retry
+        self._retries: dict[int, int] = {}
+        self._ladder = Ladder(plan.fidelity, self.goals, limit)
+        self._exhausted = self._stopped = False
+        self._clock = clock
+        self._before = 0.0  # seconds spent before this process
+        self._started = clock()
+
+    @classmethod
+    def begin(
+        cls,
+        journal: Journal,
+        make_searcher: Callable[[Header], Searcher],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Controller:
+        """A search as the journal's header describes it, from the beginning."""
+        h = header(journal)
+        return cls(h.space, h.goals, h.limit, h.plan, make_searcher(h), h.facts, journal, clock=clock)
+
+    @classmethod
+    def resume(
+        cls,
+        journal: Journal,
+        make_searcher: Callable[[Header], Searcher],
+        *,
+        cost: Cost | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Controller:
+        """Replay the journal's asks and tells, in their order, into a fresh searcher; `cost` replaces the header's.
+
+        Trials in flight run again under their number and genotype, as a new attempt, from their last rung. Where the
+        searcher asks otherwise than the journal says (it is of another version), a fresh one is told the ended
+        trials alone, and `notes` says so. Raises UserError for a journal that contradicts itself.
+        """
+        controller = cls.begin(journal, make_searcher, clock=clock)
+        controller._replay(make_searcher)
+        if cost is not None and cost != controller.cost:
+            controller._write({"number": 0, "state": COST, "cost": cost.model_dump(mode="json")})
+            controller.cost = cost
+        return controller
+
+    # --- the view from outside --------------------------------------------------------------------------------------
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """Every trial as it stands now, in the order of first asking; number 0 is the control."""
+        return tuple(self._trials.values())
+
+    @property
+    def running(self) -> tuple[Trial, ...]:
+        """Trials in flight, by number."""
+        return tuple(self._trials[number] for number in sorted(self._open))
+
+    @property
+    def elapsed(self) -> float:
+        """Wall seconds spent so far, summed over resumes."""
+        return self._before + self._clock() - self._started
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopped
+
+    @property
+    def finished(self) -> bool:
+        """No ask will ever be answered again. Trials in flight may still be told."""
+        if self._stopped or self.elapsed >= self.cost.minutes * 60:
+            return True
+        if self._open or self._again or not (self._exhausted or self._asked >= self.cost.trials):
+            return False
+        return self._ladder.promotable() is None
+
+    def stop(self) -> None:
+        """Ask nothing more. What is in flight stays so in the journal, and runs again after a resume."""
+        self._stopped = True
+
+    # --- ask, rung, tell --------------------------------------------------------------------------------------------
+
+    def control(self, outcome: Outcome) -> None:
+        """Record the uncompressed parent as trial 0, once; a resumed search that has it already does nothing."""
+        if 0 not in self._trials:
+            trial = Trial(number=0, genotype=parent(self.space), state=State.DONE, outcome=outcome)
+            self._write(self._end(trial) | {"genotype": list(trial.genotype)})
+            self._trials[0] = trial
+            self.searcher.tell(trial)
+
+    def ask(self) -> Assignment | None:
+        """What to run next: lost trials first, then promotions, then the searcher's; None when there is nothing now."""
+        if self._stopped or self.elapsed >= self.cost.minutes * 60:
+            return None
+        if self._again:
+            number = min(self._again)
+            return self._start(self._trials[number], self._again[number])
+        promoted = self._ladder.promotable()
+        if promoted is not None:
+            return self._start(self._trials[promoted], "promoted")
+        if self._asked >= self.cost.trials:
+            return None
+        number = self._asked + 1
+        proposal = self.searcher.ask(number, self.running)
+        # With trials in flight a searcher may only be waiting; alone, None means that it has nothing left.
+        self._exhausted = proposal is None and not self._open
+        if proposal is None:
+            return None
+        check(self.space, proposal.genotype)
+        genotype = canonical(self.space, proposal.genotype)
+        return self._start(
+            Trial(number=number, genotype=genotype, state=State.RUNNING, attempt=0, note=proposal.note), "new"
+        )
+
+    def rung(self, number: int, outcome: Outcome) -> bool:
+        """A trial has reached its next rung. True: it goes on; False: it is stopped, which has been told already."""
+        trial = self._in_flight(number)
+        trial = trial.model_copy(update={"rung": trial.rung + 1, "outcome": outcome})
+        bad = _not_json(outcome)
+        if bad:
+            self.tell(number, State.FAILED, Outcome(reason=bad))
+            return False
+        self._ladder.reach(number, trial.rung, outcome)
+        late = self.elapsed >= self.cost.minutes * 60 and not self._stopped
+        if not late and self._ladder.goes_on(number, trial.rung):
+            trial = trial.model_copy(update={"state": State.RUNG})
+            self._write(self._end(trial))
+            self._trials[number] = trial
+            return True
+        self._close(trial.model_copy(update={"state": State.STOPPED}))
+        return False
+
+    def tell(self, number: int, state: State, outcome: Outcome) -> None:
+        """A trial has ended as DONE, INFEASIBLE or FAILED."""
+        trial = self._in_flight(number)
+        if state not in (State.DONE, State.INFEASIBLE, State.FAILED):
+            raise ValueError(f"{state} is no end that an evaluation can come to")
+        bad = _not_json(outcome)
+        if bad:
+            state, outcome = State.FAILED, Outcome(reason=bad)
+        rung = len(self.plan.fidelity.rungs) - 1 if state is State.DONE else trial.rung
+        self._close(trial.model_copy(update={"state": state, "rung": rung, "outcome": outcome}))
+
+    def lost(self, number: int, reason: str) -> bool:
+        """The worker of a trial is gone. True: the next ask gives the trial again; False: it has failed for good."""
+        trial = self._in_flight(number)
+        if self._retries.get(number, 0) >= RETRIES:
+            outcome = trial.outcome.model_copy(update={"reason": f"worker lost {RETRIES + 1} times: {reason}"})
+            self.tell(number, State.FAILED, outcome)
+            return False
+        self._open.discard(number)
+        self._again[number] = "retry"
+        return True
+
+    # --- journal first, then act --------------------------------------------------------------------------------------
+
+    def _start(self, trial: Trial, why: str) -> Assignment:
+        trial = trial.model_copy(update={"state": State.RUNNING, "attempt": trial.attempt + 1})
+        event: Event = {
+            "number": trial.number,
+            "state": State.RUNNING.value,
+            "attempt": trial.attempt,
+            "rung": trial.rung,
+            "why": why,
+            "genotype": list(trial.genotype),
+        }
+        if trial.note and why == "new":
+            event["note"] = trial.note
+        assignment = self._assignment(trial)
+        self._write(event)
+        self._running(trial, why)
+        return assignment
+
+    def _running(self, trial: Trial, why: str) -> None:
+        number = trial.number
+        self._again.pop(number, None)
+        if why == "new":
+            self._asked = number
+        elif why == "promoted":
+            self._ladder.leave(number, trial.rung)
+        elif why == "retry":
+            self._retries[number] = self._retries.get(number, 0) + 1
+        self._open.add(number)
+        self._trials[number] = trial
+
+    def _assignment(self, trial: Trial) -> Assignment:
+        return Assignment(
+            number=trial.number,
+            attempt=trial.attempt,
+            genotype=trial.genotype,
+            candidate=decode(self.space, trial.genotype),
+            rungs=self.plan.fidelity.rungs,
+            start=trial.rung + 1,
+            checkpoint=trial.outcome.files.get("checkpoint"),
+            seed=(self.plan.seed * 1_000_003 + trial.number) % 2**31,
+        )
+
+    def _close(self, trial: Trial) -> None:
+        self._write(self._end(trial))
+        self._ended(trial)
+        self.searcher.tell(trial)
+
+    def _ended(self, trial: Trial) -> None:
+        self._open.discard(trial.number)
+        self._trials[trial.number] = trial
+        if trial.state is State.STOPPED:
+            self._ladder.wait(trial.number, trial.rung)
+
+    def _end(self, trial: Trial) -> Event:
+        return {
+            "number": trial.number,
+            "state": trial.state.value,
+            "attempt": trial.attempt,
+            "rung": trial.rung,
+            "outcome": trial.outcome.model_dump(mode="json", exclude_defaults=True),
+        }
+
+    def _write(self, event: Event) -> None:
+        event["at"] = round(self.elapsed, 3)
+        self.journal.append(event)
+        if self.on_event is not None:
+            self.on_event(event)
+
+    def _in_flight(self, number: int) -> Trial:
+        if number not in self._open:
+            raise ValueError(f"trial {number} is not in flight")
+        return self._trials[number]
+
+    # --- resume -------------------------------------------------------------------------------------------------------
+
+    def _replay(self, make_searcher: Callable[[Header], Searcher]) -> None:
+        told: list[Trial] = []
+        same = True  # whether the searcher still asks as it did
+        for line, event in enumerate(self.journal.events()[1:], start=2):
+            try:
+                trial, asked = self._step(event)
+            except (KeyError, ValueError, TypeError, UserError) as error:
+                what = str(error).splitlines()[0]
+                raise UserError(
+                    f"{self.journal.path}, line {line}: does not follow from the lines before it ({what}); "
+                    f"cut the file before this line (`head -n {line - 1}`) to resume from there"
+                ) from error
+            if asked is not None and same:
+                number, pending = asked
+                proposal = self.searcher.ask(number, pending)
+                same = (
+                    proposal is not None and canonical(self.space, proposal.genotype) == self._trials[number].genotype
+                )
+                if not same:
+                    self.notes.append(
+                        f"trial {number}: {self.plan.searcher} would ask otherwise today than the journal says "
+                        "(another version?); it has been told the trials alone and goes on from them"
+                    )
+                    self.searcher = make_searcher(header(self.journal))
+                    for earlier in told:
+                        self.searcher.tell(earlier)
+            if trial is not None:
+                told.append(trial)
+                self.searcher.tell(trial)
+        self._again = dict.fromkeys(self._open, "resumed")
+        self._open.clear()
+        self._started = self._clock()
+
+    def _step(self, event: Event) -> tuple[Trial | None, tuple[int, tuple[Trial, ...]] | None]:
+        """Follow one event: the trial to tell, if one ended, and (number, pending) if the searcher was asked."""
+        number, state = int(event["number"]), str(event["state"])
+        self._before = max(self._before, float(event.get("at", 0.0)))
+        if state == COST:
+            self.cost = Cost.model_validate(event["cost"])
+            return None, None
+        if state == State.RUNNING:
+            return None, self._step_running(event)
+        outcome = Outcome.model_validate(event["outcome"])
+        if number == 0:
+            genotype: Genotype = tuple(event["genotype"])
+            self._trials[0] = Trial(number=0, genotype=genotype, state=State(state), outcome=outcome)
+            return self._trials[0], None
+        trial = self._in_flight(number).model_copy(
+            update={"state": State(state), "rung": int(event["rung"]), "outcome": outcome}
+        )
+        if trial.state in (State.RUNG, State.STOPPED):
+            self._ladder.reach(number, trial.rung, outcome)
+        if trial.state is State.RUNG:
+            self._trials[number] = trial
+            return None, None
+        self._ended(trial)
+        return trial, None
+
+    def _step_running(self, event: Event) -> tuple[int, tuple[Trial, ...]] | None:
+        number, why = int(event["number"]), str(event["why"])
+        genotype: Genotype = tuple(event["genotype"])
+        check(self.space, genotype)
+        if why == "new":
+            if number != self._asked + 1:
+                raise ValueError(f"trial {number} after trial {self._asked}")
+            asked = (number, self.running)
+            trial = Trial(number=number, genotype=genotype, state=State.RUNNING, note=event.get("note", {}))
+            self._running(trial, why)
+            return asked
+        update = {"state": State.RUNNING, "attempt": int(event["attempt"])}
+        trial = self._trials[number].model_copy(update=update)
+        if trial.genotype != genotype:
+            raise ValueError(f"trial {number} has two genotypes")
+        self._running(trial, why)
+        return None
+
+
+def _not_json(outcome: Outcome) -> str:
+    """Why an outcome cannot be journalled: JSON has no NaN, and a number that is not finite is no finding."""
+
+    def walk(value: object, path: str) -> str:
+        if isinstance(value, float) and value - value != 0.0:
+            return path
+        if isinstance(value, dict):
+            items: Any = value.items()  # pyright: ignore[reportUnknownVariableType]
+            return next((found for key, inner in items if (found := walk(inner, f"{path}.{key}"))), "")
+        return ""
+
+    where = walk(outcome.model_dump(), "outcome")
+    return f"{where} is not a finite number" if where else ""
+
+
+def steps(
+    evaluator: Evaluator, assignment: Assignment, keep: Callable[[bytes], str] | None = None
+) -> Generator[tuple[State, Outcome]]:
+    """What an evaluator yields, with its failures as data: exactly one end, and nothing after it.
+
+    An exception becomes FAILED on top of the last outcome; the traceback of any but TrialFailure goes to `keep`
+    (bytes -> sha256) as `files["log"]`. UserError passes through: it is not the candidate's fault.
+    """
+    last = Outcome()
+    reason = "the evaluation ended without a result"
+    found: Iterator[tuple[State, Outcome]] | None = None
+    try:
+        found = evaluator.evaluate(assignment)
+        for state, outcome in found:
+            yield state, outcome
+            last = outcome
+            if state.ended:
+                return
+    except UserError:
+        raise
+    except TrialFailure as failure:
+        reason = str(failure)
+    except Exception as error:  # noqa: BLE001  whatever a candidate does is data
+        text = str(error).strip()
+        reason = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+        log = traceback.format_exc()
+        if keep is not None:
+            last = last.model_copy(update={"files": {**last.files, "log": keep(log.encode())}})
+        else:
+            last = last.model_copy(update={"notes": (*last.notes, *log.splitlines())})
+    finally:
+        if isinstance(found, Generator):
+            found.close()
+    yield State.FAILED, last.model_copy(update={"reason": reason})
+
+
+def run_serial(
+    controller: Controller,
+    evaluator: Evaluator,
+    on_event: Callable[[Event], None] | None = None,
+    *,
+    keep: Callable[[bytes], str] | None = None,
+) -> None:
+    """Run the search in this process, one trial at a time. Ctrl-C stops it; a resume runs the trial in flight again."""
+    controller.on_event = on_event
+    try:
+        while (assignment := controller.ask()) is not None:
+            work = steps(evaluator, assignment, keep)
+            try:
+                for state, outcome in work:
+                    if state.ended:
+                        controller.tell(assignment.number, state, outcome)
+                    elif not controller.rung(assignment.number, outcome) or controller.stopped:
+                        break
+            finally:
+                work.close()
+    except KeyboardInterrupt:
+        controller.stop()
+    finally:
+        controller.on_event = None
+        controller.journal.sync()
