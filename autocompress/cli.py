@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 import autocompress
-from autocompress.types import LimitError, UserError
+from autocompress.types import LimitError, TrialFailure, UserError
 
 app = typer.Typer(
     name="autocompress",
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 _debug = False
+_YOURS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="YAML file that says what to search, e.g. digits.yaml.")]
 OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a search (`out` in its job).")]
@@ -42,13 +44,23 @@ def main() -> None:
         _fail(str(error), 2)
     except LimitError as error:
         _fail(str(error), 1)
-    except Exception as error:
-        if _debug:
-            raise
-        _fail(f"{type(error).__name__}: {_first_line(error)}\nThis is a bug of autocompress; {_log(error)}", 70)
+    except TrialFailure as error:  # a file given to `measure` or `apply` that does not run
+        _fail(str(error), 2)
+    except OSError as error:
+        if _debug or error.errno not in _YOURS:
+            _bug(error)
+        _fail(f"{error.filename or 'writing'}: {error.strerror}", 2)
+    except Exception as error:  # noqa: BLE001  # the last line: logged, shown and given its own exit code
+        _bug(error)
 
 
-def _fail(text: str, code: int) -> None:
+def _bug(error: Exception) -> NoReturn:
+    if _debug:
+        raise error
+    _fail(f"{type(error).__name__}: {_first_line(error)}\nThis is a bug of autocompress; {_log(error)}", 70)
+
+
+def _fail(text: str, code: int) -> NoReturn:
     for line in text.splitlines():
         _errors.print(line, style="red", markup=False)
     sys.exit(code)

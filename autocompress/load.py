@@ -242,7 +242,7 @@ class _Draft:
         if not _same(knob.choices[0], parent[name]):
             raise UserError(f"the first choice must be the parent's own, {_shown(parent[name])}")
         when = self._when(knob.when)
-        for choice in knob.choices:
+        for choice in knob.choices[1:]:
             self.builder.build({key: values[0] for key, values in (when or {}).items()} | {name: choice})
         if when is not None:
             self.genes[name] = Gene(name=name, kind="arch", choices=knob.choices, when=when)
