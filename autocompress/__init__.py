@@ -5,16 +5,15 @@ Names are loaded when they are first used (PEP 562): `import autocompress` loads
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autocompress.apply import apply as apply
     from autocompress.devices.station import measure_file as measure
     from autocompress.load import job as load_job
-    from autocompress.search import search as search
+    from autocompress.reuse import apply as apply
+    from autocompress.run import resume as resume
+    from autocompress.run import search as search
     from autocompress.types import Budget as Budget
     from autocompress.types import Job as Job
     from autocompress.types import LimitError as LimitError
@@ -26,10 +25,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "apply": "autocompress.apply:apply",
+    "apply": "autocompress.reuse:apply",
     "load_job": "autocompress.load:job",
     "measure": "autocompress.devices.station:measure_file",
-    "search": "autocompress.search:search",
+    "resume": "autocompress.run:resume",
+    "search": "autocompress.run:search",
     "Budget": "autocompress.types:Budget",
     "Job": "autocompress.types:Job",
     "LimitError": "autocompress.types:LimitError",
@@ -49,6 +49,7 @@ __all__ = [
     "apply",
     "load_job",
     "measure",
+    "resume",
     "search",
 ]
 
@@ -62,14 +63,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
-
-
-class _Package(ModuleType):
-    """Keeps `autocompress.search` the function: importing the submodule of that name would replace it."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _PUBLIC and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

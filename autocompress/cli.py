@@ -31,6 +31,10 @@ _debug = False
 _YOURS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="YAML file that says what to search, e.g. digits.yaml.")]
+Address = Annotated[
+    str | None, typer.Option(metavar="HOST:6379", help="Use this running Ray cluster instead of one of our own.")
+]
+Serial = Annotated[bool, typer.Option("--serial", help="One candidate after another in this process, without Ray.")]
 OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a search (`out` in its job).")]
 
 
@@ -112,14 +116,11 @@ def search(
     trials: Annotated[int | None, typer.Option(help="How many candidates at most.")] = None,
     minutes: Annotated[float | None, typer.Option(help="How long the search may take.")] = None,
     workers: Annotated[int | None, typer.Option(help="Candidates evaluated at the same time.")] = None,
-    address: Annotated[
-        str | None, typer.Option(metavar="HOST:6379", help="Use this running Ray cluster instead of one of our own.")
-    ] = None,
-    serial: Annotated[bool, typer.Option("--serial", help="One candidate after another in this process.")] = False,
+    address: Address = None,
+    serial: Serial = False,
 ) -> None:
     """Search for the best model per device. Options take the place of what JOB says."""
-    if serial and address:
-        raise UserError("--serial and --address exclude one another: a cluster is used through Ray")
+    _one_way(address, serial)
     record = _job(
         job,
         {
@@ -131,17 +132,24 @@ def search(
             "search.workers": workers,
         },
     )
-    from autocompress.search import run
+    from autocompress.run import run
 
     run(record, address=address, serial=serial, console=Console())
 
 
-@app.command(epilog="Example: autocompress resume runs/digits")
-def resume(out: OutFolder) -> None:
+@app.command(epilog="Example: autocompress resume runs/digits --minutes 10")
+def resume(
+    out: OutFolder,
+    trials: Annotated[int | None, typer.Option(min=1, help="How many candidates at most, over all.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="How long the search may take, over all.")] = None,
+    address: Address = None,
+    serial: Serial = False,
+) -> None:
     """Go on with an interrupted search: nothing that its journal holds is lost or done twice."""
-    from autocompress.search import resume as go_on
+    _one_way(address, serial)
+    from autocompress.run import resume as go_on
 
-    go_on(out)
+    go_on(out, trials=trials, minutes=minutes, address=address, serial=serial, console=Console())
 
 
 @app.command(epilog="Example: autocompress report runs/digits")
@@ -193,14 +201,19 @@ def apply(
     max_drop: Annotated[
         float | None, typer.Option(min=0, max=1, help="Quality that may be lost, as a fraction: 0.01 is one point.")
     ] = None,
+    trust: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PACKAGE", help="Import builder and task from this package if ARTIFACT names it."),
+    ] = None,
 ) -> None:
     """Apply a found policy to new weights of the same network; without --weights, make the artifact again.
 
     Exits with 1 and the reason when quality or a budget does not hold.
     """
-    from autocompress.apply import apply as enact
+    from autocompress.reuse import apply as enact
 
-    typer.echo(enact(artifact, weights=weights, out=out, max_drop=max_drop))
+    done = enact(artifact, weights=weights, out=out, max_drop=max_drop, trust=trust or (), say=typer.echo)
+    typer.echo(str(done))
 
 
 @app.command(epilog="Example: autocompress spaces convnet > mine.yaml")
@@ -233,9 +246,14 @@ def profiles(
 def check(job: JobFile) -> None:
     """Say what is wrong with JOB, or what its search will take, without running it."""
     record = _job(job, {})
-    from autocompress.search import estimate
+    from autocompress.run import estimate
 
     typer.echo(estimate(record))
+
+
+def _one_way(address: str | None, serial: bool) -> None:
+    if serial and address:
+        raise UserError("--serial and --address exclude one another: a cluster is used through Ray")
 
 
 def _job(path: Path, changes: dict[str, Any]) -> autocompress.Job:
