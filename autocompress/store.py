@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from autocompress.types import UserError
@@ -81,3 +82,9 @@ class Store:
         if hashlib.sha256(data).hexdigest() != sha:
             raise UserError(f"{path} is damaged (its content is not its name); delete it and start the run anew")
         return data
+
+    def keep_only(self, shas: Collection[str]) -> None:
+        """Delete every file but these; used by the one process that owns the folder."""
+        for path in self.root.glob("??/*"):
+            if path.name not in shas:
+                path.unlink(missing_ok=True)

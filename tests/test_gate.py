@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -185,7 +186,7 @@ def test_two_measurements_never_overlap(tmp_path: Path) -> None:
         assert one.wait(30) == two.wait(30) == 0
     taken = sorted(spans(log))
     assert len(taken) == 10
-    assert all(before[1] <= after[0] for before, after in zip(taken, taken[1:], strict=False))
+    assert all(before[1] <= after[0] for before, after in pairwise(taken))
 
 
 def test_it_says_for_whom_it_waits_and_a_killed_holder_lets_go(tmp_path: Path) -> None:

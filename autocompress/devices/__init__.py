@@ -15,6 +15,7 @@ class Samples(Record):
     times_ms: dict[str, tuple[float, ...]]  # keyed by the file's path as given
     load_ms: dict[str, float] = {}
     blocks: int = 0  # each file's times fall into this many equal consecutive blocks, one per round; 0: not known
+    disturbed: float = 0.0  # share of the runs in which another process had one of the cores, where that is known
 
 
 @runtime_checkable

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from autocompress.types import Profile, UserError
 
 
@@ -60,6 +62,17 @@ def plan_cores(profiles: Sequence[Profile], cores: Cores | None = None) -> CoreP
         spare = f", {idle} idle beside them (hyper-threads)" if idle else ""
         return CorePlan(station, rest, False, f"measuring on {_names(station)}, training on {_names(rest)}{spare}")
     return CorePlan(station, found.visible, True, why)
+
+
+def keep_to(cores: Sequence[int]) -> None:
+    """Keep this process on these cores: all its threads, and what it starts later. Nothing happens for none.
+
+    Trainers, Ray's processes and the driver call it with `plan.trainers`, after `plan_cores`, which must see all.
+    """
+    if not cores:
+        return
+    for thread in psutil.Process().threads():
+        os.sched_setaffinity(thread.id, cores)
 
 
 def _choose(cores: Cores, threads: int) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ class LocalDevice:
 
     def fingerprint(self) -> dict[str, Any]:
         """Host facts and the runtime's version."""
-        child = self._child or self._start(())
+        child = self._child or self._start()
         return {**self._host, "onnxruntime": child.hello["onnxruntime"], "provider": self.profile.provider}
 
     def time(self, models: Sequence[Path], *, rounds: int, seconds: float, cores: Sequence[int] = ()) -> Samples:
@@ -51,11 +51,13 @@ class LocalDevice:
         Raises Unloadable for a file that the runtime refuses, TrialFailure for a crash or no answer in time.
         """
         child = self._child
-        if child is None or child.cores != tuple(cores):
-            child = self._start(cores)
+        if child is None:
+            child = self._start()
         names = [str(model) for model in models]
         try:
-            answer = child.ask({"models": names, "rounds": rounds, "seconds": seconds}, seconds + self.patience)
+            answer = child.ask(
+                {"models": names, "rounds": rounds, "seconds": seconds, "cores": list(cores)}, seconds + self.patience
+            )
         except BaseException:  # a late answer, after Ctrl-C too, must not be taken for the next one's
             self.close()
             raise
@@ -71,9 +73,8 @@ class LocalDevice:
         if child is not None:
             child.end()
 
-    def _start(self, cores: Sequence[int]) -> Child:
-        self.close()
-        child = self._child = Child(self.profile, tuple(cores), self.patience)
+    def _start(self) -> Child:
+        child = self._child = Child(self.profile, self.patience)
         if self.profile.provider not in child.hello["providers"]:
             self.close()
             raise UserError(
@@ -86,8 +87,7 @@ class LocalDevice:
 class Child:
     """One running bench.py. Raises TrialFailure from any call once the process is gone."""
 
-    def __init__(self, profile: Profile, cores: tuple[int, ...], patience: float) -> None:
-        self.cores = cores
+    def __init__(self, profile: Profile, patience: float) -> None:
         self._rest = b""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # a pipe that nobody reads would fill up
         self._process = subprocess.Popen(
@@ -95,7 +95,6 @@ class Child:
         )
         setup = {
             "threads": profile.threads,
-            "cores": list(cores),
             "provider": profile.provider,
             "options": profile.provider_options,
             "batch": profile.batch,

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from autocompress import load
 from autocompress.devices import Device
 from autocompress.devices.cores import CorePlan, plan_cores
 from autocompress.devices.fingerprint import resolve_local, short
@@ -55,12 +56,11 @@ class Station:
         self._baseline_key = baseline_key or _sha(self.baseline.read_bytes())
         self._gate = (gate or Gate()) if plan.quiet else None
         self._lock = HostLock()
-        self._hosts: dict[str, dict[str, Any]] = {}
+        self._hosts = {name: one.fingerprint() for name, one in self._devices.items()}
 
     def fingerprint(self, profile_name: str) -> dict[str, Any]:
         """What identifies the device of a profile; `fingerprint.short` of it stands in the readings."""
-        if profile_name not in self._hosts:
-            self._hosts[profile_name] = self._device(profile_name).fingerprint()
+        self._device(profile_name)
         return self._hosts[profile_name]
 
     def measure(self, profile_name: str, model: bytes | Path, key: str | None = None, seconds: float = 1.5) -> Reading:
@@ -197,7 +197,7 @@ class Station:
             kept = json.loads(gzip.decompress(place[0].read_bytes()))
             failure = kept.get("failure")
             reading = None if failure else Reading.model_validate(kept["reading"])
-        except (OSError, EOFError, ValueError, KeyError):
+        except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError):
             return None  # not there, or damaged: measured again and overwritten
         if failure:
             raise Unloadable(failure)
@@ -208,18 +208,23 @@ class Station:
         write_atomic(path, gzip.compress(json.dumps({"key": parts, **found}).encode(), 6, mtime=0))
 
 
-def measure_file(model: Path, profile: Profile, baseline: Path | None = None, seconds: float = 3.0) -> Reading:
+def measure_file(
+    model: Path | str, profile: Profile | str, baseline: Path | str | None = None, seconds: float = 3.0
+) -> Reading:
     """Measure one file once, without the cache: `autocompress measure MODEL.onnx --profile P`.
 
-    Without a baseline the model is its own, and the ratio shows what the machine's noise does to two equal files.
+    `profile` is a record, the name of one or its YAML file. Without a baseline the model is its own, and
+    the ratio shows what the machine's noise does to two equal files.
     Raises UserError for a missing file or a host that the profile does not fit, TrialFailure if it does not run.
     """
-    for path in (model, baseline or model):
+    target = profile if isinstance(profile, Profile) else load.profile(profile)
+    candidate, reference = Path(model), Path(baseline or model)
+    for path in (candidate, reference):
         if not path.is_file():
             raise UserError(f"no model at {path}")
-    station = Station([profile], plan_cores([profile]), baseline or model)
+    station = Station([target], plan_cores([target]), reference)
     try:
-        return station.session(profile.name, model, seconds)
+        return station.session(target.name, candidate, seconds)
     finally:
         station.close()
 

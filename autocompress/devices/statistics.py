@@ -14,6 +14,7 @@ from autocompress.types import Interval, Reading
 
 NARROW = 0.02  # a ratio's interval narrower than this share of it needs no more samples
 NOISY = 0.05  # wider than this it is refused
+DISTURBED = 0.25  # share of runs with another process on the core: above it a median says little of the file
 MIN_BLOCKS = 8  # six are needed for a 95 % interval of a median at all: 1 - 2 * 0.5**6 = 0.969
 
 
@@ -63,12 +64,14 @@ class Window:
         self.times_ms: tuple[list[float], list[float]] = ([], [])  # model, baseline
         self.middles_ms: tuple[list[float], list[float]] = ([], [])  # medians of their blocks
         self.load_ms = 0.0
+        self._disturbed = 0.0  # runs
 
     def add(self, samples: Samples) -> None:
         """Take in one answer."""
         for i, name in enumerate(self._names):
             self.times_ms[i].extend(samples.times_ms[name])
             self.middles_ms[i].extend(float(middle) for middle in blocks(samples, name))
+        self._disturbed += samples.disturbed * sum(len(samples.times_ms[name]) for name in self._names)
         self.load_ms = max(self.load_ms, samples.load_ms.get(self._names[0], 0.0))
 
     @property
@@ -82,14 +85,19 @@ class Window:
         return median(np.divide(self.middles_ms[0], self.middles_ms[1]).tolist())
 
     @property
+    def disturbed(self) -> float:
+        """Share of the runs in which another process had the core."""
+        return self._disturbed / sum(map(len, self.times_ms))
+
+    @property
     def narrow(self) -> bool:
         """Whether more samples would not change a decision."""
         return self.blocks >= MIN_BLOCKS and width(self.ratio) < NARROW
 
     @property
     def noisy(self) -> bool:
-        """Whether the ratio is too uncertain to be used."""
-        return self.blocks < MIN_BLOCKS or width(self.ratio) > NOISY
+        """Whether the ratio is too uncertain to be used, or the times are those of a core that was not ours."""
+        return self.blocks < MIN_BLOCKS or width(self.ratio) > NOISY or self.disturbed > DISTURBED
 
     def reading(self, profile: str, *, seconds: float, quiet: bool, cores: tuple[int, ...], host: str) -> Reading:
         """The reading of this window. Intervals are of block medians: single runs of a block are not independent."""
