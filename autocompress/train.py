@@ -1,0 +1,244 @@
+"""Training that can stop at any step and go on elsewhere as if it had never stopped.
+
+The schedule spans the full training, whatever fidelity is run to, and every random number comes from (seed, step):
+`run_to(0.3)`, `state()`, `load()` in another process and `run_to(1.0)` give the same weights as one `run_to(1.0)` (to
+the bit with equal versions, processor and thread count). The caller sets the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from hashlib import blake2b
+from itertools import islice
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as read_tensors
+from safetensors.torch import save as write_tensors
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from autocompress.distill import response_loss
+from autocompress.tasks import Task
+from autocompress.types import TrialFailure, UserError
+
+Pause = Callable[[], object]
+"""Called at every step boundary; returns when the trainer may go on."""
+
+
+def at_once() -> None:
+    """The pause of a trainer that nobody asks to wait."""
+
+
+def draw(seed: int, *place: int) -> int:
+    """A 32-bit seed that depends on nothing but its arguments."""
+    return int.from_bytes(blake2b(repr((seed, *place)).encode(), digest_size=4).digest(), "little")
+
+
+def bf16_pays() -> bool:
+    """True where the processor multiplies bfloat16 itself; elsewhere autocast is slower than float32."""
+    # no public question answers this before torch 2.12's get_capabilities
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def channels_last(module: nn.Module) -> nn.Module:
+    """The same module, its convolutions' weights laid out as the processor's kernels want them."""
+    move: Any = module.to  # torch's annotation lacks this form
+    return move(memory_format=torch.channels_last)
+
+
+def one_cycle(step: int, total: int, warm: float = 0.2) -> float:
+    """Share of the peak rate at a step: linear up over `warm`, then half a cosine to zero (Smith and Topin 2018)."""
+    rise = max(1.0, warm * total)
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, total - rise)))
+
+
+class Training:
+    """One full training of `module` on `task`: SGD with Nesterov momentum, run in pieces.
+
+    `epochs` is what fidelity 1 means. With a teacher the loss is `weight` times the distillation loss plus
+    `1 - weight` times the task's own. The module is changed in place and moved to channels-last memory.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        task: Task,
+        epochs: float,
+        seed: int,
+        *,
+        teacher: nn.Module | None = None,
+        weight: float = 0.0,
+        temperature: float = 1.0,
+        lr: float = 0.05,
+        batch: int = 32,
+        momentum: float = 0.9,
+        decay: float = 5e-4,
+        clip: float = 5.0,
+        bf16: bool | None = None,
+        pause: Pause = at_once,
+    ) -> None:
+        """Raises UserError for a distillation weight without a teacher."""
+        if weight > 0 and teacher is None:
+            raise UserError(f"training: a distillation weight of {weight} needs a teacher")
+        self.module = channels_last(module)
+        self.task, self.seed, self.batch, self.lr, self.clip, self.pause = task, seed, batch, lr, clip, pause
+        self.weight, self.temperature = weight, temperature
+        self.teacher = None
+        if teacher is not None and weight > 0:
+            self.teacher = channels_last(teacher).eval()
+        self.bf16 = bf16_pays() if bf16 is None else bf16
+        self.steps_per_epoch = sum(1 for _ in task.batches("train", batch))
+        self.total = max(1, round(epochs * self.steps_per_epoch))
+        self.step = 0
+        # scales and biases are not decayed (He et al. 2019, "Bag of tricks", section 3.1)
+        weights = [p for p in module.parameters() if p.ndim > 1]
+        others = [p for p in module.parameters() if p.ndim <= 1]
+        groups = [{"params": weights, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+
+    def run_to(self, fidelity: float) -> dict[str, float]:
+        """Train up to this share of the full training; what is behind already is not repeated.
+
+        Returns loss (mean of the steps just taken), steps, images and seconds. Raises TrialFailure when the loss is
+        no longer a number.
+        """
+        target, began, first = round(fidelity * self.total), time.perf_counter(), self.step
+        losses, images = 0.0, 0
+        self.module.train()
+        with torch.random.fork_rng(devices=[]):
+            while self.step < target:
+                for inputs, targets in self._rest_of_epoch():
+                    self.pause()
+                    torch.default_generator.manual_seed(draw(self.seed, 1, self.step))
+                    losses += self._update(inputs, targets)
+                    images += len(inputs)
+                    self.step += 1
+                    if self.step >= target:
+                        break
+        taken = self.step - first
+        return {
+            "loss": losses / taken if taken else 0.0,
+            "steps": float(taken),
+            "images": float(images),
+            "seconds": time.perf_counter() - began,
+        }
+
+    def _rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch, done = divmod(self.step, self.steps_per_epoch)
+        passed = islice(self.task.batches("train", self.batch, seed=draw(self.seed, 0, epoch)), done, None)
+        yield from passed
+        if self.step // self.steps_per_epoch == epoch:
+            short = f"a shuffled pass ended after {self.step % self.steps_per_epoch} batches"
+            raise UserError(f"task {self.task.name}: {short}, a plain one gives {self.steps_per_epoch}")
+
+    def _update(self, inputs: Tensor, targets: Tensor) -> float:
+        if len(inputs) == 1:  # batch normalisation has no statistics of one sample
+            return 0.0
+        if inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        rate = self.lr * one_cycle(self.step, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        taught: Tensor | None = None
+        with self._precision():
+            outputs = self.module(inputs)
+            if self.teacher is not None:
+                with torch.no_grad():
+                    taught = self.teacher(inputs)
+        outputs = outputs.float()
+        loss = outputs.new_zeros(())
+        if self.weight < 1:
+            loss = loss + (1 - self.weight) * self.task.loss(outputs, targets)
+        if taught is not None:
+            loss = loss + self.weight * response_loss(outputs, taught, self.temperature)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrialFailure(f"training diverged: loss is {value} at step {self.step} of {self.total}")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+        if not torch.isfinite(norm):
+            raise TrialFailure(f"training diverged: gradient is {float(norm)} at step {self.step} of {self.total}")
+        self.optimizer.step()
+        return value
+
+    def _precision(self) -> AbstractContextManager[object]:
+        return torch.autocast("cpu", dtype=torch.bfloat16) if self.bf16 else nullcontext()
+
+    def state(self) -> bytes:
+        """Weights, momenta and the step, as safetensors bytes (equal states give equal bytes)."""
+        tensors = {"clock": torch.tensor([self.step, self.total, self.seed])}
+        for name, tensor in self.module.state_dict().items():
+            tensors[f"module.{name}"] = tensor
+        for name, parameter in self.module.named_parameters():
+            momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if momentum is not None:
+                tensors[f"momentum.{name}"] = momentum
+        return write_tensors(
+            {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        )
+
+    def load(self, state: bytes) -> None:
+        """Go on from `state()` of a training with the same network, epochs and seed.
+
+        Raises UserError if it is no such state or belongs to another network or training.
+        """
+        try:
+            tensors = read_tensors(state)
+        except SafetensorError as error:
+            raise UserError(f"training state: not readable as safetensors ({error})") from error
+        clock = tensors.pop("clock", torch.zeros(0)).tolist()
+        if clock[1:] != [self.total, self.seed]:
+            raise UserError(
+                f"training state: of [step, steps, seed] {clock}, this training has {[self.total, self.seed]}"
+            )
+        weights = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("module.")}
+        try:
+            self.module.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError("training state: " + " ".join(str(error).split())[:300]) from error
+        for name, parameter in self.module.named_parameters():
+            self.optimizer.state.pop(parameter, None)
+            if (momentum := tensors.get(f"momentum.{name}")) is not None:
+                self.optimizer.state[parameter]["momentum_buffer"] = (
+                    torch.empty_like(parameter).copy_(momentum).detach()
+                )
+        self.step = int(clock[0])
+
+
+def reestimate_batchnorm(
+    module: nn.Module, task: Task, batches: int, pause: Pause = at_once, *, size: int = 64
+) -> None:
+    """Replace running statistics by the mean over `batches` plain training batches; nothing without batch norm.
+
+    The population's statistics rather than a moving average of past weights' (Wu and Johnson 2021, "Rethinking
+    'Batch' in BatchNorm", section 3). Everything but batch normalisation runs as in inference.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    training = {m: m.training for m in module.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    module.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative mean
+        norm.training = True
+    try:
+        with torch.no_grad():
+            for inputs, _ in islice(task.batches("train", size, limit=batches * size), batches):
+                pause()
+                if len(inputs) > 1:
+                    module(inputs)
+    finally:
+        for norm in norms:
+            norm.momentum = momenta[norm]
+        for part, flag in training.items():
+            part.training = flag

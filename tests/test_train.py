@@ -1,0 +1,230 @@
+"""Training in pieces equals training in one go; distillation; batch-norm statistics."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from autocompress.distill import Distill, response_loss
+from autocompress.tasks.digits import Digits
+from autocompress.train import Training, one_cycle, reestimate_batchnorm
+from autocompress.types import Profile, Rule, TrialFailure, UserError
+from examples.my_task import EvenDigits
+
+PROFILE = Profile(name="here")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Bit equality is promised for equal thread counts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def net(seed: int = 0, classes: int = 10) -> nn.Module:
+    """With batch norm and dropout, whose random numbers must come from (seed, step) too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, 2, 1),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Flatten(),
+            nn.Linear(32 * 16, classes),
+        )
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def accuracy(module: nn.Module, split: str = "selection") -> float:
+    module.eval()
+    with torch.no_grad():
+        return Digits().quality(lambda x: module(torch.from_numpy(x)).numpy(), split).value.value
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_pieces_equal_one_go(bf16):
+    whole = Training(net(), Digits(), 1.5, 7, bf16=bf16)
+    whole.run_to(1.0)
+    first = Training(net(), Digits(), 1.5, 7, bf16=bf16)
+    first.run_to(0.1)
+    first.run_to(0.3)  # in the middle of an epoch
+    state = first.state()
+    torch.rand(100)  # the global generator is nobody's business
+    second = Training(net(seed=99), Digits(), 1.5, 7, bf16=bf16)
+    second.load(state)
+    assert second.state() == state
+    second.run_to(1.0)
+    assert same(whole.module, second.module)
+    assert whole.state() == second.state()
+    other = Training(net(), Digits(), 1.5, 8, bf16=bf16)
+    other.run_to(1.0)
+    assert not same(whole.module, other.module)
+
+
+def test_going_on_without_the_momenta_would_differ():
+    whole, cut = Training(net(), Digits(), 1, 0), Training(net(), Digits(), 1, 0)
+    whole.run_to(0.5)
+    cut.run_to(0.5)
+    cut.optimizer.state.clear()
+    whole.run_to(1.0)
+    cut.run_to(1.0)
+    assert not same(whole.module, cut.module)
+
+
+def test_the_global_generator_is_left_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    Training(net(), Digits(), 0.2, 0).run_to(1.0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_it_learns():
+    training = Training(net(), Digits(), 4, 0)
+    before = accuracy(training.module)
+    metrics = training.run_to(1.0)
+    assert metrics["steps"] == training.total == 4 * math.ceil(1077 / 32)
+    assert metrics["images"] == 4 * 1077
+    assert 0 < metrics["loss"] < 1.5
+    assert before < 0.3 < 0.93 < accuracy(training.module)
+    assert training.run_to(1.0)["steps"] == 0
+
+
+def test_any_task_will_do():
+    training = Training(net(classes=2), EvenDigits(), 2, 0)
+    training.run_to(1.0)
+    training.module.eval()
+    with torch.no_grad():
+        quality = EvenDigits().quality(lambda x: training.module(torch.from_numpy(x)).numpy(), "selection")
+    assert quality.value.value > 0.85
+
+
+def test_the_pause_is_asked_at_every_step():
+    asked = []
+    training = Training(net(), Digits(), 1, 0, pause=lambda: asked.append(training.step))
+    training.run_to(0.5)
+    assert asked == list(range(17))
+
+
+def test_schedule_rises_and_ends_at_nothing():
+    rates = [one_cycle(step, 100) for step in range(100)]
+    assert max(rates) <= 1 and max(rates) > 0.95 and rates[0] < 0.1 and rates[-1] < 0.01
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert all(0 < one_cycle(step, total) <= 1 for total in (1, 2, 3) for step in range(total))
+
+
+class Poisoned(Digits):
+    def loss(self, outputs, targets):
+        return super().loss(outputs, targets) * float("nan")
+
+
+class Exploding(Digits):
+    def loss(self, outputs, targets):
+        return (outputs - outputs.detach()).sum() * float("inf") + outputs.new_ones(())
+
+
+@pytest.mark.parametrize("task", [Poisoned(), Exploding()], ids=["loss", "gradient"])
+def test_what_is_no_number_is_a_failed_trial(task):
+    with pytest.raises(TrialFailure, match=r"diverged.*step 0 of"):
+        Training(net(), task, 1, 0).run_to(1.0)
+
+
+class Short(Digits):
+    def batches(self, split, size, *, limit=None, seed=None):
+        return super().batches(split, size, limit=64 if seed is not None else limit, seed=seed)
+
+
+def test_a_task_whose_passes_differ_is_named():
+    with pytest.raises(UserError, match=r"task digits: a shuffled pass ended after 2 batches, a plain one gives 34"):
+        Training(net(), Short(), 1, 0).run_to(1.0)
+
+
+def test_states_of_other_trainings_are_refused():
+    state = Training(net(), Digits(), 1, 0).state()
+    with pytest.raises(UserError, match="this training has"):
+        Training(net(), Digits(), 1, 1).load(state)
+    with pytest.raises(UserError, match=r"size mismatch for 7\.weight"):
+        Training(net(classes=4), Digits(), 1, 0).load(state)
+    with pytest.raises(UserError, match="not readable"):
+        Training(net(), Digits(), 1, 0).load(b"not safetensors at all")
+
+
+def test_distillation_pulls_towards_the_teacher():
+    teacher = net(seed=3)
+    Training(teacher, Digits(), 3, 3).run_to(1.0)
+    teacher.eval()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    inputs = torch.cat([inputs for inputs, _ in Digits().batches("selection", 64)])
+    with torch.no_grad():
+        wanted = teacher(inputs)
+    distances = {}
+    for weight in (0.0, 1.0):
+        student = Training(net(), Digits(), 2, 0, teacher=teacher, weight=weight, temperature=2.0)
+        student.run_to(1.0)
+        student.module.eval()
+        with torch.no_grad():
+            distances[weight] = float(response_loss(student.module(inputs), wanted, 1.0))
+    assert distances[1.0] < 0.7 * distances[0.0]
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+
+
+def test_response_loss_is_hintons():
+    outputs, taught = torch.randn(6, 4), torch.randn(6, 4)
+    for temperature in (1.0, 4.0):
+        p, q = (taught / temperature).softmax(1), (outputs / temperature).softmax(1)
+        expected = temperature**2 * (p * (p / q).log()).sum(1).mean()
+        assert float(response_loss(outputs, taught, temperature)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(response_loss(taught, taught, 2.0)) == pytest.approx(0.0, abs=1e-6)
+    with pytest.raises(TrialFailure, match="teacher"):
+        response_loss(outputs, torch.randn(6, 5), 1.0)
+
+
+def test_distill_decides_its_settings_and_changes_nothing():
+    op, module = Distill(), net()
+    rules = [Rule(site=".", op="distill", settings={"weight": 0.5, "temperature": 4})]
+    receipt = op.decide(module, rules, Digits(), PROFILE)
+    assert receipt.entries[0].facts == {"weight": 0.5, "temperature": 4.0}
+    assert op.enact(module, receipt) is module
+    assert op.decide(module, [], Digits(), PROFILE).entries == ()
+    with pytest.raises(UserError, match="weight 1.5"):
+        op.decide(module, [Rule(site=".", op="distill", settings={"weight": 1.5})], Digits(), PROFILE)
+    with pytest.raises(UserError, match="needs a teacher"):
+        Training(module, Digits(), 1, 0, weight=0.5)
+
+
+def test_batchnorm_gets_the_populations_statistics():
+    module = net()
+    module[1].running_mean.fill_(100.0)
+    module.train()
+    module[5].eval()
+    weights = [parameter.clone() for parameter in module.parameters()]
+    asked = []
+    reestimate_batchnorm(module, Digits(), 4, pause=lambda: asked.append(1))
+    assert len(asked) == 4
+    assert module[1].momentum == 0.1 and module[1].training and not module[5].training
+    assert all(torch.equal(a, b) for a, b in zip(weights, module.parameters(), strict=True))
+    with torch.no_grad():
+        batches = [module[0](inputs) for inputs, _ in Digits().batches("train", 64, limit=256)]
+    expected = torch.stack([batch.mean((0, 2, 3)) for batch in batches]).mean(0)
+    assert torch.allclose(module[1].running_mean, expected, atol=1e-6)
+    variances = torch.stack([batch.transpose(0, 1).flatten(1).var(1) for batch in batches]).mean(0)
+    assert torch.allclose(module[1].running_var, variances, rtol=1e-4)
+
+
+def test_without_batchnorm_no_batch_is_drawn():
+    class Silent(Digits):
+        def batches(self, *args, **options):
+            raise AssertionError("drawn")
+
+    reestimate_batchnorm(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), Silent(), 4)
