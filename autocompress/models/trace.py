@@ -1,0 +1,117 @@
+"""What a module consists of, found by running it: sites, multiply-adds, parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import thop
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from autocompress.models.groups import Coupling, is_depthwise
+from autocompress.types import Site
+
+
+@contextmanager
+def _still(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, every submodule's mode restored afterwards."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """A layer that ops act on: Conv2d or Linear."""
+    return isinstance(module, nn.Conv2d | nn.Linear)
+
+
+def leaves(module: nn.Module, site: str) -> tuple[str, ...]:
+    """Names of the convolutions and linear layers at `site` or under it; "." is the whole network."""
+    return tuple(
+        name
+        for name, part in module.named_modules()
+        if is_leaf(part) and (site in (".", name) or name.startswith(f"{site}."))
+    )
+
+
+def _order(module: nn.Module, example: Tensor) -> list[str]:
+    """Leaves in the order the forward pass reaches them, each once."""
+    reached: dict[str, None] = {}
+    hooks = [
+        part.register_forward_hook(lambda *_, name=name: reached.setdefault(name))
+        for name, part in module.named_modules()
+        if is_leaf(part)
+    ]
+    try:
+        with _still(module):
+            module(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(reached)
+
+
+def sites(module: nn.Module, example: Tensor) -> tuple[Site, ...]:
+    """The places a policy can speak of, from input to output. `example` is one batch (N, ...); MACs are per example.
+
+    `prune` is among a site's ops where it is the first producer of its coupled group, `lowrank` where it has no groups.
+    """
+    names = _order(module, example)
+    first = Coupling(module, example).groups_of(names)
+    with _still(module), FlopCounterMode(display=False) as counter:
+        module(example)
+    flops = counter.get_flop_counts()
+    prefix = type(module).__name__
+    found: list[Site] = []
+    for position, name in enumerate(names):
+        layer = module.get_submodule(name)
+        parameters = sum(parameter.numel() for parameter in layer.parameters())
+        macs = sum(flops.get(f"{prefix}.{name}" if name else prefix, {}).values()) // 2 // len(example)
+        grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
+        ops = [*(["prune"] if name in first else []), *([] if grouped else ["lowrank"]), "quantize"]
+        if isinstance(layer, nn.Conv2d):
+            kind = "depthwise" if is_depthwise(layer) else "grouped" if grouped else "conv"
+            inputs, outputs, kernel = layer.in_channels, layer.out_channels, max(layer.kernel_size)
+        else:
+            assert isinstance(layer, nn.Linear)
+            kind, inputs, outputs, kernel = "linear", layer.in_features, layer.out_features, 1
+        found.append(
+            Site(
+                name=name or ".",
+                kind=kind,
+                ops=tuple(ops),
+                parameters=parameters,
+                macs=macs,
+                in_channels=inputs,
+                out_channels=outputs,
+                kernel=kernel,
+                depth=position / max(len(names) - 1, 1),
+            )
+        )
+    return tuple(found)
+
+
+def count(module: nn.Module, example: Tensor) -> tuple[int, int]:
+    """(multiply-adds per example, parameters) by torch's FlopCounterMode: convolutions and matrix products."""
+    with _still(module), FlopCounterMode(display=False) as counter:
+        module(example)
+    return counter.get_total_flops() // 2 // len(example), sum(parameter.numel() for parameter in module.parameters())
+
+
+def thop_count(module: nn.Module, example: Tensor) -> tuple[int, int]:
+    """(multiply-adds per example, parameters) by thop, which also counts batch norm, pooling and the like.
+
+    On convolutional networks its multiply-adds are up to 1 % above those of `count` (dense) or 6 % (separable).
+    """
+    copied = copy.deepcopy(module)  # thop leaves buffers behind
+    with torch.no_grad():
+        macs, parameters = thop.profile(copied, inputs=(example,), verbose=False)  # type: ignore[misc]
+    return round(macs / len(example)), round(parameters)
