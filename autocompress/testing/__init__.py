@@ -1,0 +1,283 @@
+"""Contract checks for plug-ins, one call each, and a search problem in closed form. Importing this loads nothing heavy.
+
+`check_searcher(make)`, `check_op(op, subject, rules, task, profile)`, `check_device(device, model)` and
+`check_task(task)` raise AssertionError that says what is wrong. `ClosedForm` is an evaluator with a known front.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from autocompress import space as sp
+from autocompress.devices import Device
+from autocompress.ops import Op
+from autocompress.searchers import Searcher
+from autocompress.tasks import Task
+from autocompress.testing.closed_form import ClosedForm as ClosedForm
+from autocompress.types import Gene, Genotype, Profile, Proposal, Receipt, Rule, Space, State, Trial, UserError
+
+__all__ = ["ClosedForm", "check_device", "check_op", "check_searcher", "check_task"]
+
+MakeSearcher = Callable[..., Searcher]
+"""`make(space, goals, limit, facts, seed)`: the searcher's class, or it with options bound by functools.partial."""
+
+
+# --- searchers ------------------------------------------------------------------------------------------------------
+
+
+def check_searcher(make: MakeSearcher, *, distinct: bool = True, trials: int = 48, seed: int = 0) -> None:
+    """Hold a searcher to its protocol on closed-form problems of one and of two devices.
+
+    Valid canonical genotypes, JSON notes, any order of tells, failed, infeasible and stopped trials, a trial told
+    twice, tells of trials it never asked for, and the same proposals when the same asks and tells are replayed. With
+    `distinct` also: no genotype twice, none that is pending, and None exactly when the space is exhausted.
+    """
+    for devices in (1, 2):
+        problem = ClosedForm(20, devices=devices, seed=seed, speedup=2.0, fail_one_in=9)
+        events = _converse(make, problem, trials, seed, distinct)
+        replay = _made(make, problem, seed)
+        for at, (event, argument, result) in enumerate(events):
+            if event == "tell":
+                replay.tell(argument)
+            else:
+                again = replay.ask(argument[0], argument[1])
+                assert again == result, f"replay differs at event {at}, trial {argument[0]}: {again} is not {result}"
+        told = [trial for event, trial, _ in events if event == "tell"]
+        stranger = _made(make, problem, seed)
+        for trial in reversed(told):
+            stranger.tell(trial.model_copy(update={"note": {}}))
+        proposal = stranger.ask(trials + 1, [])
+        assert proposal is not None, "told trials that it never asked for, it asks for nothing more"
+        _check_proposal(problem.space, proposal)
+        if distinct:
+            taken = {trial.genotype for trial in told}
+            assert proposal.genotype not in taken, "it asks for a genotype that it was told already"
+    if distinct:
+        _check_exhaustion(make, seed)
+
+
+def _made(make: MakeSearcher, problem: ClosedForm, seed: int) -> Searcher:
+    searcher = make(problem.space, problem.goals, problem.limit, problem.facts, seed)
+    assert isinstance(searcher, Searcher), "a searcher has ask(number, pending) and tell(trial)"
+    return searcher
+
+
+def _converse(
+    make: MakeSearcher, problem: ClosedForm, trials: int, seed: int, distinct: bool
+) -> list[tuple[str, Any, Any]]:
+    """Four trials at a time, told out of order, some stopped first and told again when they are done."""
+    searcher, rng = _made(make, problem, seed), Random(f"check:{seed}")
+    events: list[tuple[str, Any, Any]] = []
+    running: list[Trial] = []
+    asked: set[Genotype] = set()
+    stopped: list[Trial] = []
+
+    def tell(trial: Trial) -> None:
+        trial = Trial.model_validate_json(trial.model_dump_json())  # as it comes back from the journal
+        searcher.tell(trial)
+        events.append(("tell", trial, None))
+
+    tell(problem.trial(0, sp.parent(problem.space)))
+    for number in range(1, trials + 1):
+        pending = tuple(running)
+        proposal = searcher.ask(number, pending)
+        assert proposal is not None, f"None at trial {number}, though the space is not exhausted"
+        events.append(("ask", (number, pending), proposal))
+        _check_proposal(problem.space, proposal)
+        if distinct:
+            assert proposal.genotype not in asked, f"trial {number} repeats a genotype"
+        asked.add(proposal.genotype)
+        running.append(Trial(number=number, genotype=proposal.genotype, state=State.RUNNING, note=dict(proposal.note)))
+        while len(running) >= 4 or (number == trials and running):
+            ended = running.pop(rng.randrange(len(running)))
+            trial = problem.trial(ended.number, ended.genotype, ended.note)
+            if trial.state is State.DONE and rng.random() < 0.2:
+                stopped.append(trial)
+                trial = trial.model_copy(update={"state": State.STOPPED, "rung": 0})
+            tell(trial)
+            if stopped and rng.random() < 0.3:
+                tell(stopped.pop(0))
+    return events
+
+
+def _check_proposal(space: Space, proposal: Proposal) -> None:
+    sp.check(space, proposal.genotype)
+    canonical = sp.canonical(space, proposal.genotype)
+    assert proposal.genotype == canonical, f"{proposal.genotype} is not canonical: {canonical}"
+    assert json.loads(json.dumps(proposal.note)) == proposal.note, "a note must survive JSON unchanged"
+
+
+def _check_exhaustion(make: MakeSearcher, seed: int) -> None:
+    problem = ClosedForm(10, seed=seed)
+    space = Space(
+        name="exhausted",
+        genes=(
+            Gene(name="a", kind="arch", choices=(2, 1)),
+            Gene(name="b", kind="arch", choices=("x", "y", "z"), when={"a": (2,)}),
+            Gene(name="c", kind="policy", choices=(0.0, 0.5), site="s", op="prune", param="ratio"),
+        ),
+    )
+    every = list(sp.every(space))
+    model = problem.trial(1, sp.parent(problem.space)).outcome
+    searcher = make(space, problem.goals, problem.limit, problem.facts, seed)
+    # All but one are running: the one left must be found, then nothing.
+    running = [Trial(number=i + 1, genotype=g, state=State.RUNNING) for i, g in enumerate(every[:-1])]
+    proposal = searcher.ask(len(every), running)
+    assert proposal is not None, "one genotype is left, but it asks for nothing"
+    assert proposal.genotype == every[-1], "it asks for a genotype that is pending"
+    searcher = make(space, problem.goals, problem.limit, problem.facts, seed)
+    found: list[Genotype] = []
+    for number in range(1, len(every) + 1):
+        proposal = searcher.ask(number, [])
+        assert proposal is not None, f"exhausted after {len(found)} of {len(every)} genotypes"
+        found.append(proposal.genotype)
+        searcher.tell(
+            Trial(number=number, genotype=proposal.genotype, state=State.DONE, outcome=model, note=proposal.note)
+        )
+    repeated = [g for g, count in Counter(found).items() if count > 1]
+    assert not repeated, f"repeats {repeated}"
+    assert searcher.ask(len(every) + 1, []) is None, "the space is exhausted, but it asks on"
+
+
+# --- ops ------------------------------------------------------------------------------------------------------------
+
+
+def check_op(op: Op, subject: Any, rules: Sequence[Rule], task: Task, profile: Profile) -> Receipt:
+    """Hold an op to its protocol on a subject (an nn.Module, or exported parts for a numeric op); returns the receipt.
+
+    `decide` leaves the subject as it was and is repeatable, every rule is accounted for, the receipt survives JSON,
+    and enacting it twice on copies gives equal shapes, tensors and bytes.
+    """
+    assert isinstance(op, Op), "an op has name, phase, params, decide and enact"
+    assert op.phase in ("structure", "train", "numeric"), f"unknown phase {op.phase!r}"
+    json.dumps(op.params)
+    for rule in rules:
+        assert rule.op == op.name, f"rule of {rule.op!r} given to {op.name!r}"
+        unknown = set(rule.settings) - set(op.params)
+        assert not unknown, f"{op.name}: settings {sorted(unknown)} are not among its params {sorted(op.params)}"
+    before = _state(subject)
+    receipt = op.decide(subject, rules, task, profile)
+    assert _state(subject) == before, f"{op.name}: decide changed its subject"
+    assert receipt.op == op.name, f"{op.name}: its receipt says {receipt.op!r}"
+    assert op.decide(subject, rules, task, profile) == receipt, f"{op.name}: deciding twice gives two receipts"
+    read = Receipt.model_validate_json(receipt.model_dump_json())
+    assert read == receipt, f"{op.name}: its receipt does not survive JSON"
+    for entry in receipt.entries:
+        assert entry.status == "done" or entry.why, f"{op.name}: skipped {entry.site!r} without saying why"
+    first = _state(op.enact(copy.deepcopy(subject), read))
+    second = _state(op.enact(copy.deepcopy(subject), read))
+    assert first == second, f"{op.name}: enacting one receipt twice gives two results"
+    return receipt
+
+
+def _state(subject: Any) -> Any:
+    """What two subjects are compared by: layers, shapes, types and bytes of a module's tensors, else all its fields."""
+    if not hasattr(subject, "state_dict"):
+        return repr(subject)
+    layers = tuple((name, repr(layer)) for name, layer in subject.named_modules())
+    tensors = tuple(
+        (name, tuple(tensor.shape), str(tensor.dtype), tensor.detach().cpu().numpy().tobytes())
+        for name, tensor in subject.state_dict().items()
+    )
+    return layers, tensors
+
+
+# --- devices --------------------------------------------------------------------------------------------------------
+
+
+def check_device(device: Device, model: Path, *, seconds: float = 1.0, factor: float = 3.0) -> None:
+    """Hold a device to its protocol with one ONNX file: JSON fingerprint, stable; positive times; two readings whose
+    medians agree within `factor`."""
+    assert isinstance(device, Device), "a device has profile, fingerprint() and time()"
+    assert isinstance(device.profile, Profile), "a device has a Profile"
+    fingerprint = device.fingerprint()
+    assert fingerprint, "an empty fingerprint tells no device from another"
+    assert json.loads(json.dumps(fingerprint)) == fingerprint, "a fingerprint must survive JSON unchanged"
+    assert device.fingerprint() == fingerprint, "a fingerprint must not change between two calls"
+    medians: list[float] = []
+    for _ in range(2):
+        times = device.time([model], rounds=3, seconds=seconds).times_ms
+        assert set(times) == {str(model)}, f"times are keyed by {sorted(times)}, not by the file as given"
+        samples = times[str(model)]
+        assert len(samples) >= 3, f"only {len(samples)} samples"
+        assert all(np.isfinite(samples)), "a time is not finite"
+        assert min(samples) > 0, "a time is not positive"
+        medians.append(float(np.median(samples)))
+    assert max(medians) <= factor * min(medians), f"two readings of one file differ: {medians} ms"
+
+
+# --- tasks ----------------------------------------------------------------------------------------------------------
+
+
+def check_task(task: Task, *, size: int = 64, most: int = 4096) -> None:
+    """Hold a task to its protocol: splits that do not overlap and come in the same order each time, shuffling by seed,
+    a loss that has a gradient, a quality interval that contains its value. Looks at `most` examples of each split."""
+    assert isinstance(task, Task), "a task has name, metric, input, batches, loss and quality"
+    torch = import_module("torch")
+    limit = max(1, most // size)
+    examples: dict[str, set[bytes]] = {}
+    for split in ("train", "calibration", "selection", "test"):
+        passes = [list(task.batches(split, size, limit=limit)) for _ in range(2)]
+        assert passes[0], f"split {split!r} is empty"
+        assert len(passes[0]) == len(passes[1]), f"split {split!r} differs in length between two passes"
+        assert len(passes[0]) <= limit, f"split {split!r} gives more batches than asked for"
+        rows: list[bytes] = []
+        for (inputs, targets), (inputs_again, targets_again) in zip(*passes, strict=True):
+            assert tuple(inputs.shape[1:]) == task.input.shape, (
+                f"inputs are {tuple(inputs.shape)}, not {task.input.shape}"
+            )
+            assert len(inputs) == len(targets) <= size, f"{len(inputs)} inputs and {len(targets)} targets in a batch"
+            assert torch.equal(inputs, inputs_again), f"split {split!r} differs between two passes"
+            assert torch.equal(targets, targets_again), f"targets of split {split!r} differ between two passes"
+            rows += [np.asarray(row).tobytes() for row in inputs]
+        examples[split] = set(rows)
+    for one, other in (("train", "selection"), ("train", "test"), ("selection", "test"), ("calibration", "test")):
+        # Real data holds a few equal examples; a split that leaks holds many.
+        shared = len(examples[one] & examples[other])
+        assert shared <= 0.01 * len(examples[other]), f"{one} and {other} share {shared} examples"
+    if limit * size > len(examples["train"]):
+        outside = len(examples["calibration"] - examples["train"])
+        assert not outside, f"{outside} calibration examples are not part of train"
+    shuffled = [[x for x, _ in task.batches("train", size, limit=2, seed=seed)] for seed in (1, 1, 2)]
+    assert all(torch.equal(a, b) for a, b in zip(shuffled[0], shuffled[1], strict=True)), "one seed, two orders"
+    assert not all(torch.equal(a, b) for a, b in zip(shuffled[0], shuffled[2], strict=True)), "two seeds, one order"
+    try:
+        next(iter(task.batches("no-such-split", size)))
+    except UserError:
+        pass
+    else:
+        raise AssertionError("an unknown split must raise UserError")
+    _check_quality(task, torch, size)
+
+
+def _check_quality(task: Task, torch: Any, size: int) -> None:
+    inputs, targets = next(iter(task.batches("selection", size)))
+    outputs = len(task.input.labels) or (
+        int(targets.max()) + 1 if not targets.is_floating_point() else targets.shape[-1]
+    )
+    weights = torch.randn(inputs[0].numel(), outputs, generator=torch.Generator().manual_seed(0)) * 0.01
+    weights.requires_grad_(True)
+    loss = task.loss(inputs.flatten(1).float() @ weights, targets)
+    assert loss.ndim == 0, "the loss of a batch is one number"
+    loss.backward()
+    assert bool(torch.isfinite(weights.grad).all()), "the loss has no finite gradient"
+    fixed = weights.detach().numpy()
+
+    def predict(batch: np.ndarray) -> np.ndarray:
+        return batch.reshape(len(batch), -1).astype(np.float32) @ fixed
+
+    found = task.quality(predict, "selection")
+    assert found.metric == task.metric, f"quality speaks of {found.metric!r}, the task of {task.metric!r}"
+    assert found.split == "selection", f"quality speaks of split {found.split!r}"
+    assert found.samples > 0, "quality of no samples"
+    assert found.value.low <= found.value.value <= found.value.high, f"{found.value} does not contain its value"
+    assert task.quality(predict, "selection") == found, "quality of one model differs between two calls"

@@ -1,0 +1,277 @@
+"""Searchers keep their contract, and learn; the closed-form problem is what it says."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+from autocompress import pareto
+from autocompress import space as sp
+from autocompress.registry import resolve
+from autocompress.searchers import Searcher
+from autocompress.searchers.design import spread
+from autocompress.searchers.evolution import Evolution
+from autocompress.testing import ClosedForm, check_searcher
+from autocompress.types import Facts, Gene, Proposal, Space, State, Trial, UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(make, problem: ClosedForm, trials: int, seed: int = 0) -> list[Trial]:
+    searcher = make(problem.space, problem.goals, problem.limit, problem.facts, seed)
+    told: list[Trial] = []
+    for number in range(1, trials + 1):
+        proposal = searcher.ask(number, [])
+        told.append(problem.trial(number, proposal.genotype, proposal.note))
+        searcher.tell(told[-1])
+    return told
+
+
+# --- contract -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["random", "evolution", "policy_gradient"])
+def test_built_in_searchers_keep_the_contract(name):
+    check_searcher(resolve("searcher", name))
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_optuna_keeps_the_contract(sampler):
+    pytest.importorskip("optuna")
+    check_searcher(partial(resolve("searcher", "optuna"), sampler=sampler), trials=24)
+
+
+def test_the_example_keeps_the_contract():
+    check_searcher(runpy.run_path(str(ROOT / "examples" / "my_searcher.py"))["Climber"])
+
+
+class Broken:
+    """Does one thing wrong at a time."""
+
+    def __init__(self, space, goals, limit, facts, seed, *, fault):
+        self.space, self.fault, self.seed, self.told = space, fault, seed, []
+
+    def ask(self, number, pending):
+        rng = Random() if self.fault == "own random numbers" else Random(f"{self.seed}:{number}")
+        g = sp.sample(self.space, rng)
+        if self.fault == "not canonical":
+            g = tuple(len(gene.choices) - 1 for gene in self.space.genes)
+        if self.fault == "repeats":
+            g = sp.parent(self.space)
+        if self.fault == "gives up" and number > 10:
+            return None
+        return Proposal(genotype=g, note={"at": (1, 2)} if self.fault == "note" else {})
+
+    def tell(self, trial):
+        self.told.append(trial)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("own random numbers", "replay differs"),
+        ("not canonical", "is not canonical"),
+        ("repeats", "repeats a genotype"),
+        ("gives up", "not exhausted"),
+        ("note", "survive JSON"),
+    ],
+)
+def test_the_check_finds_what_is_wrong(fault, says):
+    with pytest.raises(AssertionError, match=says):
+        check_searcher(partial(Broken, fault=fault))
+
+
+def test_importing_the_checks_and_the_searchers_loads_nothing_heavy():
+    code = (
+        "import sys, autocompress.testing, autocompress.searchers.evolution, autocompress.searchers.random;"
+        "print([m for m in ('torch', 'ray', 'onnxruntime', 'optuna', 'sklearn') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_wrong_options_are_the_users_errors():
+    problem = ClosedForm(10)
+    for name, options in [
+        ("evolution", {"population": 1}),
+        ("policy_gradient", {"rate": 0}),
+        ("optuna", {"sampler": "tp"}),
+        ("optuna", {"populatoin_size": 3}),
+    ]:
+        with pytest.raises(UserError):
+            resolve("searcher", name)(problem.space, problem.goals, problem.limit, problem.facts, 0, **options)
+
+
+def test_missing_optuna_says_how_to_install_it(monkeypatch):
+    problem = ClosedForm(10)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match=r"pip install 'autocompress\[optuna\]'"):
+        resolve("searcher", "optuna")(problem.space, problem.goals, problem.limit, problem.facts, 0)
+
+
+# --- they learn -----------------------------------------------------------------------------------------------------
+
+
+def shares(make, seeds: int, trials: int) -> list[float]:
+    found = []
+    for seed in range(seeds):
+        problem = ClosedForm(60, seed=seed)
+        found.append(problem.hypervolume(run(make, problem, trials, seed)))
+    return found
+
+
+def test_evolution_and_policy_gradient_beat_random_on_every_seed():
+    random = shares(resolve("searcher", "random"), 4, 100)
+    for name in ("evolution", "policy_gradient"):
+        assert all(a > b + 0.1 for a, b in zip(shares(resolve("searcher", name), 4, 100), random, strict=True)), name
+
+
+def test_the_agent_beats_itself_without_learning():
+    agent = resolve("searcher", "policy_gradient")
+    learned, still = shares(agent, 3, 120), shares(partial(agent, rate=1e-12), 3, 120)
+    assert np.mean(learned) > np.mean(still) + 0.1
+
+
+def test_several_goals_are_all_served():
+    problem = ClosedForm(20, devices=2, speedup=2.5, seed=3)
+    for name in ("evolution", "policy_gradient"):
+        told = run(resolve("searcher", name), problem, 90)
+        for goal in problem.goals:
+            assert pareto.of(pareto.best(told, goal, problem.limit, 1)[0], goal, problem.limit).violation == 0
+
+
+def test_two_thousand_trials_of_evolution_are_quick():
+    problem = ClosedForm(60, devices=2)
+    searcher = Evolution(problem.space, problem.goals, problem.limit, problem.facts, 0)
+    spent = 0.0
+    for number in range(1, 2001):
+        start = time.process_time()
+        proposal = searcher.ask(number, [])
+        spent += time.process_time() - start
+        trial = problem.trial(number, proposal.genotype)
+        start = time.process_time()
+        searcher.tell(trial)
+        spent += time.process_time() - start
+    assert spent < 3.0  # 1.5 ms per ask and tell, three goals
+
+
+def test_the_first_designs_span_the_trade_off():
+    problem = ClosedForm(60)
+    designs = spread(problem.space, 16, Random(0))
+    ratios = [problem.ratio(g) for g in designs]
+    drawn = [problem.ratio(sp.sample(problem.space, Random(i))) for i in range(16)]
+    assert max(ratios) - min(ratios) > 1.5 * (max(drawn) - min(drawn))
+
+
+def test_a_warm_start_asks_the_best_of_the_earlier_run_again():
+    problem = ClosedForm(20, speedup=2.0)
+    told = run(Evolution, problem, 60)
+    best = pareto.best(told, problem.goals[0], problem.limit, 1)[0]
+    warm = problem.facts.model_copy(update={"warm": tuple(told)})
+    searcher = Evolution(problem.space, problem.goals, problem.limit, warm, 1)
+    asked = [searcher.ask(number, []).genotype for number in range(1, 12)]
+    assert best.genotype in asked
+    for name in ("random", "policy_gradient", "optuna"):
+        other = resolve("searcher", name)(problem.space, problem.goals, problem.limit, warm, 1)
+        assert isinstance(other, Searcher)
+        assert other.ask(1, []) is not None
+
+
+def test_a_later_tell_replaces_the_earlier():
+    problem = ClosedForm(20)
+    g = sp.sample(problem.space, Random(1))
+    done = problem.trial(1, g)
+    failed = Trial(number=1, genotype=g, state=State.FAILED)
+    searcher = Evolution(problem.space, problem.goals, problem.limit, problem.facts, 0)
+    searcher.tell(failed)
+    assert searcher.populations[0].members == []
+    searcher.tell(done)
+    assert [member.number for member in searcher.populations[0].members] == [1]
+    searcher.tell(done)
+    assert len(searcher.populations[0].members) == 1
+    searcher.tell(failed)
+    assert searcher.populations[0].members == []
+
+
+def test_the_agent_leaves_torch_as_it_was():
+    torch = pytest.importorskip("torch")
+    before, state = torch.get_num_threads(), torch.random.get_rng_state()
+    run(resolve("searcher", "policy_gradient"), ClosedForm(10), 12)
+    assert torch.get_num_threads() == before
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_space_of_one_is_asked_once():
+    problem = ClosedForm(10)
+    one = Space(name="one", genes=(Gene(name="a", kind="arch", choices=(1,)),))
+    for name in ("random", "evolution", "policy_gradient", "optuna"):
+        searcher = resolve("searcher", name)(one, problem.goals, problem.limit, Facts(), 0)
+        assert searcher.ask(1, []).genotype == (0,)
+        assert searcher.ask(2, []) is None
+
+
+# --- the closed form ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_the_front_is_exact_where_all_can_be_listed(device):
+    problem = ClosedForm(10, devices=2, seed=5)
+    points = [(problem.quality(g), problem.ratio(g, device)) for g in sp.every(problem.space)]
+    least: list[tuple[float, float]] = []
+    for quality, ratio in sorted(points, key=lambda p: (p[1], -p[0])):
+        if ratio <= 1.0 and (not least or quality > least[-1][0]):
+            least.append((quality, ratio))
+    assert np.asarray(problem.front(device)) == pytest.approx(np.asarray(least))
+
+
+@pytest.mark.parametrize("size", [20, 60])
+def test_nothing_sampled_lies_beyond_the_front(size):
+    problem = ClosedForm(size, seed=1)
+    front = problem.front()
+    for i in range(300):
+        g = sp.sample(problem.space, Random(i))
+        quality, ratio = problem.quality(g), problem.ratio(g)
+        assert max(q for q, r in front if r <= ratio) >= quality
+    assert len(problem.space.genes) == size
+    assert problem.ratio(sp.parent(problem.space)) == 1.0
+
+
+def test_rungs_rise_and_a_slow_candidate_costs_no_training():
+    problem = ClosedForm(20, speedup=2.0)
+    parent = sp.parent(problem.space)
+    slow = problem.assignment(1, parent)
+    assert [state for state, _ in problem.evaluate(slow)] == [State.INFEASIBLE]
+    control = problem.assignment(0, parent).model_copy(update={"rungs": (0.3, 1.0)})
+    steps = list(problem.evaluate(control))
+    assert [state for state, _ in steps] == [State.RUNG, State.DONE]
+    values = [outcome.quality["device-a"].value.value for _, outcome in steps]
+    assert values[0] < values[1] == problem.quality(parent)
+    again = problem.evaluate(control.model_copy(update={"start": 1}))
+    assert [outcome.fidelity for _, outcome in again] == [1.0]
+
+
+def test_failures_are_the_same_every_time():
+    problem = ClosedForm(20, fail_one_in=4)
+    genotypes = [sp.sample(problem.space, Random(i)) for i in range(100)]
+    states = [problem.trial(i + 1, g).state for i, g in enumerate(genotypes)]
+    assert 10 < states.count(State.FAILED) < 45
+    assert states == [problem.trial(i + 1, g).state for i, g in enumerate(genotypes)]
+
+
+def test_the_benchmark_prints_and_writes_its_figures(tmp_path):
+    target = tmp_path / "figures.json"
+    script = str(ROOT / "benchmarks" / "searchers.py")
+    options = ["--seeds", "2", "--trials", "25", "--only", "random", "evolution", "--json", str(target)]
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "genes-60  evolution" in done.stdout
+    found = json.loads(target.read_text())["problems"]["genes-20"]["evolution"]
+    assert found["hv_ci"][0] <= found["hv_median"] <= found["hv_ci"][1] <= 1.0
