@@ -246,9 +246,9 @@ def profiles(
 def check(job: JobFile) -> None:
     """Say what is wrong with JOB, or what its search will take, without running it."""
     record = _job(job, {})
-    from autocompress.run import estimate
+    from autocompress.estimate import estimate
 
-    typer.echo(estimate(record))
+    typer.echo(str(estimate(record)))
 
 
 def _one_way(address: str | None, serial: bool) -> None:

@@ -132,3 +132,13 @@ def test_the_users_own_code_is_found_in_the_current_folder(tmp_path):
         timeout=60,
     )
     assert "importing mine failed: RuntimeError: imported" in result.stderr
+
+
+def test_check_says_what_a_search_will_take(tmp_path):
+    job = (ROOT / "examples" / "digits.yaml").read_text()
+    (tmp_path / "job.yaml").write_text(job)
+    result = call("check", "job.yaml", cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    for told in ("space", "trials", "min", "MB"):
+        assert told in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
