@@ -41,13 +41,13 @@ def run(make, problem: ClosedForm, trials: int, seed: int = 0) -> list[Trial]:
 
 @pytest.mark.parametrize("name", ["random", "evolution", "policy_gradient"])
 def test_built_in_searchers_keep_the_contract(name):
-    check_searcher(resolve("searcher", name))
+    check_searcher(resolve("searcher", name), trials=24 if name == "policy_gradient" else 48)
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
 def test_optuna_keeps_the_contract(sampler):
     pytest.importorskip("optuna")
-    check_searcher(partial(resolve("searcher", "optuna"), sampler=sampler), trials=24)
+    check_searcher(partial(resolve("searcher", "optuna"), sampler=sampler), trials=16)
 
 
 def test_the_example_keeps_the_contract():
@@ -130,14 +130,14 @@ def shares(make, seeds: int, trials: int) -> list[float]:
 
 
 def test_evolution_and_policy_gradient_beat_random_on_every_seed():
-    random = shares(resolve("searcher", "random"), 4, 100)
+    random = shares(resolve("searcher", "random"), 3, 80)
     for name in ("evolution", "policy_gradient"):
-        assert all(a > b + 0.1 for a, b in zip(shares(resolve("searcher", name), 4, 100), random, strict=True)), name
+        assert all(a > b + 0.1 for a, b in zip(shares(resolve("searcher", name), 3, 80), random, strict=True)), name
 
 
 def test_the_agent_beats_itself_without_learning():
     agent = resolve("searcher", "policy_gradient")
-    learned, still = shares(agent, 3, 120), shares(partial(agent, rate=1e-12), 3, 120)
+    learned, still = shares(agent, 2, 100), shares(partial(agent, rate=1e-12), 2, 100)
     assert np.mean(learned) > np.mean(still) + 0.1
 
 
@@ -167,9 +167,11 @@ def test_two_thousand_trials_of_evolution_are_quick():
 def test_the_first_designs_span_the_trade_off():
     problem = ClosedForm(60)
     designs = spread(problem.space, 16, Random(0))
-    ratios = [problem.ratio(g) for g in designs]
-    drawn = [problem.ratio(sp.sample(problem.space, Random(i))) for i in range(16)]
-    assert max(ratios) - min(ratios) > 1.5 * (max(drawn) - min(drawn))
+    drawn = [sp.sample(problem.space, Random(i)) for i in range(16)]
+    spans = [max(found) - min(found) for found in ([problem.ratio(g) for g in gs] for gs in (designs, drawn))]
+    assert spans[0] > 1.3 * spans[1]
+    reached = [problem.hypervolume([problem.trial(1, g) for g in gs]) for gs in (designs, drawn)]
+    assert reached[0] > reached[1] + 0.1
 
 
 def test_a_warm_start_asks_the_best_of_the_earlier_run_again():
@@ -270,7 +272,7 @@ def test_failures_are_the_same_every_time():
 def test_the_benchmark_prints_and_writes_its_figures(tmp_path):
     target = tmp_path / "figures.json"
     script = str(ROOT / "benchmarks" / "searchers.py")
-    options = ["--seeds", "2", "--trials", "25", "--only", "random", "evolution", "--json", str(target)]
+    options = ["--seeds", "2", "--trials", "10", "--only", "random", "evolution", "--json", str(target)]
     done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "genes-60  evolution" in done.stdout
     found = json.loads(target.read_text())["problems"]["genes-20"]["evolution"]

@@ -158,19 +158,20 @@ class PolicyGradient:
         if len(self.episodes) >= 4:
             with _one_thread():
                 rng = Random(f"{self.seed}:learn:{self.told}")
+                episodes = list(self.episodes.values())
                 for step in range(self.steps):
-                    self._step((self.told * self.steps + step) % len(self.goals), rng)
+                    self._step((self.told * self.steps + step) % len(self.goals), episodes, rng)
 
-    def _step(self, goal: int, rng: Random) -> None:
+    def _step(self, goal: int, episodes: Sequence[Episode], rng: Random) -> None:
         """One gradient step for a goal: several preferences, under each the best trials and some others."""
-        episodes = list(self.episodes.values())
+        standing = Standing([episode.scores[goal] for episode in episodes])
         chosen: list[int] = []
         advantages: list[float] = []
         preferences: list[float] = []
         each = 6
         for _ in range(max(1, self.batch // each)):
             preference = rng.random()
-            order = ranking([episode.scores[goal] for episode in episodes], preference)
+            order = standing.order(preference)
             best = max(2, round(self.elite * len(order)))
             picks = [min(int(rng.random() ** 2 * best), best - 1) for _ in range(each - 2)]
             picks += [rng.randrange(len(order)) for _ in range(2)]
@@ -302,24 +303,26 @@ class Walk:
         return found
 
 
-def ranking(scores: Sequence[Score | None], preference: float) -> list[int]:
-    """Indices from best to worst: feasible ones by Chebyshev distance to the best seen of both objectives, weighted by
-    the preference (1 = quality alone), then infeasible ones by violation, then those never measured."""
-    inside = [s for s in scores if s is not None and s.violation <= 0]
-    top, fast = max((s.quality for s in inside), default=0.0), min((s.latency for s in inside), default=0.0)
-    wide = max(top - min((s.quality for s in inside), default=0.0), 1e-9)
-    long = max(max((s.latency for s in inside), default=0.0) - fast, 1e-9)
+class Standing:
+    """What was scored for one goal so far, ready to be ranked under any preference."""
 
-    def key(i: int) -> tuple[int, float, float]:
-        s = scores[i]
-        if s is None:
-            return (2, 0.0, 0.0)
-        if s.violation > 0:
-            return (1, s.violation, 0.0)
-        quality, latency = preference * (top - s.quality) / wide, (1.0 - preference) * (s.latency - fast) / long
-        return (0, max(quality, latency) + 0.05 * (quality + latency), 0.0)
+    def __init__(self, scores: Sequence[Score | None]) -> None:
+        missing = Score(-math.inf, math.inf, math.inf)
+        rows = [(s.quality, s.latency, s.violation) for s in (score or missing for score in scores)]
+        quality, latency, self.violation = np.asarray(rows, dtype=float).reshape(-1, 3).T
+        inside = self.violation <= 0
+        self.lost, self.slow = np.zeros(len(rows)), np.zeros(len(rows))
+        if inside.any():
+            top, fast = quality[inside].max(), latency[inside].min()
+            wide, long = top - quality[inside].min(), latency[inside].max() - fast
+            self.lost[inside] = (top - quality[inside]) / max(wide, 1e-9)
+            self.slow[inside] = (latency[inside] - fast) / max(long, 1e-9)
 
-    return sorted(range(len(scores)), key=key)
+    def order(self, preference: float) -> list[int]:
+        """Indices from best to worst: feasible ones by augmented Chebyshev distance to the best seen of each objective,
+        weighted by the preference (1 = quality alone), then by violation; those never measured last."""
+        lost, slow = preference * self.lost, (1.0 - preference) * self.slow
+        return np.lexsort((np.maximum(lost, slow) + 0.05 * (lost + slow), self.violation)).tolist()
 
 
 @contextmanager
