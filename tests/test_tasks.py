@@ -33,10 +33,13 @@ def test_splits_are_disjoint_complete_and_always_the_same():
     # changing the split would make every stored result incomparable
     assert hashlib.sha256(labels.numpy().astype(np.uint8).tobytes()).hexdigest().startswith(LABELS)
     inputs, targets = everything(task, "calibration")
-    assert torch.equal(inputs, parts["train"][0][:200]) and torch.equal(targets, parts["train"][1][:200])
+    assert torch.equal(inputs, parts["train"][0][:200])
+    assert torch.equal(targets, parts["train"][1][:200])
     whole = torch.cat([inputs for inputs, _ in parts.values()])
     assert whole.shape[1:] == (1, 8, 8) == task.input.shape
-    assert whole.dtype == torch.float32 and float(whole.min()) == 0.0 and float(whole.max()) == 1.0
+    assert whole.dtype == torch.float32
+    assert float(whole.min()) == 0.0
+    assert float(whole.max()) == 1.0
 
 
 LABELS = "06bff8c997abbcaf"
@@ -45,7 +48,8 @@ LABELS = "06bff8c997abbcaf"
 def test_seeded_passes_are_shuffled_augmented_and_repeatable():
     task = Digits()
     plain, once, again, other = (everything(task, "train", seed=seed) for seed in (None, 1, 1, 2))
-    assert torch.equal(once[0], again[0]) and torch.equal(once[1], again[1])
+    assert torch.equal(once[0], again[0])
+    assert torch.equal(once[1], again[1])
     assert not torch.equal(once[1], other[1])
     assert torch.equal(once[1].sort().values, plain[1].sort().values)  # every sample once
     assert abs(float(once[0].mean() - plain[0].mean())) < 0.02
@@ -113,7 +117,8 @@ def test_wilson_known_values():
 def test_keeps_the_contract(task):
     assert isinstance(task, Task)
     inputs, targets = next(task.batches("train", 16, seed=3))
-    assert inputs.shape == (16, *task.input.shape) and inputs.dtype == torch.float32
+    assert inputs.shape == (16, *task.input.shape)
+    assert inputs.dtype == torch.float32
     outputs = torch.zeros(16, len(task.input.labels), requires_grad=True)
     task.loss(outputs, targets).backward()
     assert torch.isfinite(outputs.grad).all()

@@ -17,7 +17,7 @@ from autocompress.tasks.intervals import wilson
 from autocompress.types import Quality, UserError
 
 TRAIN, SELECTION, CALIBRATION = 1077, 360, 200
-SHIFT, SCALE, TURN = 0.5, 0.1, radians(10.0)
+SHIFT, SCALE, TURN = 0.3, 0.08, radians(8.0)
 """Augmentation: largest shift in pixels, relative change of size, rotation in radians."""
 
 

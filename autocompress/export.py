@@ -1,0 +1,286 @@
+"""From a torch module to the ONNX file that ships, in parts, with the map from sites to nodes.
+
+Both of torch's exporters are offered; they give different graphs, so one is used for a whole run. What they leave
+behind is put in order here: constants become initializers, batch normalisation is part of its convolution, nodes and
+tensors get short names that depend on nothing but the graph (`stages.0.0.conv1/Conv`, `Add_3`), source locations go.
+Equal input gives equal bytes under equal versions of torch and onnx.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import compose as onnx_compose
+from onnx import version_converter
+from torch import nn
+
+from autocompress.graph import graph_hash, open_session, opset_of, rename, replace, settle, strip
+from autocompress.tasks import InputSpec, Predict
+from autocompress.types import TrialFailure, UserError
+
+__all__ = ["Exported", "Exporter", "Part", "compose", "export", "graph_hash", "parity", "predictor"]
+
+Exporter = Literal["torchscript", "dynamo"]
+TOLERANCE = 1e-3
+"""Largest relative difference between file and module. Sums in another order give 1e-6 to 1e-5, a wrong weight 1e-2."""
+DYNAMO_OPSET = 18
+"""What the dynamo exporter writes of itself; older opsets are converted from it."""
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_LOCK = threading.Lock()  # torch's exporters keep their state in globals, Python its warning filters
+
+
+@dataclass(frozen=True)
+class Part:
+    """One ONNX file: `nodes` maps every site that has weights here (and what contains it) to its weighted nodes."""
+
+    name: str
+    model: bytes
+    nodes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A network as parts; each part's output is the next one's input."""
+
+    parts: tuple[Part, ...]
+    opset: int
+    exporter: Exporter
+
+
+def export(module: nn.Module, spec: InputSpec, *, opset: int, exporter: Exporter = "torchscript") -> Exported:
+    """Write `module` in evaluation mode, one input and one output, both with a symbolic first axis `batch`.
+
+    The module's modes are as before afterwards. Raises TrialFailure, with the exporter's own words, if it cannot.
+    """
+    example = torch.zeros(2, *spec.shape, dtype=getattr(torch, spec.dtype))
+    modes = {part: part.training for part in module.modules()}
+    # training leaves weights in channels-last order, from which the dynamo exporter writes another, slower graph
+    layouts = [(weight, weight.data) for weight in module.parameters() if weight.ndim > 3]
+    module.eval()
+    try:
+        for weight, data in layouts:
+            weight.data = torch.empty(data.shape, dtype=data.dtype).copy_(data)  # contiguous() keeps strides of 1x1
+        calls = _weighted_calls(module, example)
+        with _LOCK, warnings.catch_warnings():
+            # torch >= 2.9 announces the end of this exporter, which takes a tenth of the other's time
+            warnings.filterwarnings("ignore", "You are using the legacy TorchScript-based", DeprecationWarning)
+            warnings.filterwarnings("ignore", "The feature will be removed. Please", DeprecationWarning)
+            # traced control flow is judged by parity at another batch size, not by its form
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            # torch 2.13's dynamo exporter calls what its own pytree deprecates
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+            write = _with_torchscript if exporter == "torchscript" else _with_dynamo
+            model = write(module, example, spec.name, opset)
+    except (TrialFailure, UserError):
+        raise
+    except Exception as error:
+        # exporters raise whatever their passes raise; for the search all of it means: this candidate has no file
+        raise TrialFailure(f"export ({exporter}) failed: {type(error).__name__}: {_line(error)}") from error
+    finally:
+        for weight, data in layouts:
+            weight.data = data
+        for part, mode in modes.items():
+            part.training = mode
+    settle(model, example.numpy())
+    sites = _match(model, calls, dict(module.named_parameters()))
+    nodes = _with_containers(rename(model, sites))
+    if (written := opset_of(model)) != opset:
+        model = _convert(model, written, opset)
+    strip(model)
+    part = Part("model", model.SerializeToString(deterministic=True), nodes)
+    return Exported(parts=(part,), opset=opset, exporter=exporter)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+# --- the two exporters ------------------------------------------------------------------------------------------
+
+
+def _with_torchscript(module: nn.Module, example: torch.Tensor, name: str, opset: int) -> onnx.ModelProto:
+    file = BytesIO()
+    axes = {name: {0: "batch"}, "output": {0: "batch"}}
+    names = {"input_names": [name], "output_names": ["output"], "dynamic_axes": axes}
+    target: Any = file  # accepted, though torch's annotation has paths alone
+    torch.onnx.export(module, (example,), target, dynamo=False, opset_version=opset, **names)
+    return onnx.load_model_from_string(file.getvalue())
+
+
+def _with_dynamo(module: nn.Module, example: torch.Tensor, name: str, opset: int) -> onnx.ModelProto:
+    names = {"input_names": [name], "output_names": ["output"], "dynamic_shapes": ({0: "batch"},)}
+    program = torch.onnx.export(
+        module, (example,), dynamo=True, opset_version=max(opset, DYNAMO_OPSET), verbose=False, **names
+    )
+    if program is None:
+        raise TrialFailure("export (dynamo) gave no program")
+    return program.model_proto
+
+
+def _convert(model: onnx.ModelProto, written: int, opset: int) -> onnx.ModelProto:
+    try:
+        converted = version_converter.convert_version(model, opset)
+        onnx.checker.check_model(converted)  # the converter leaves attributes behind that the older opset lacks
+        return converted
+    except (RuntimeError, onnx.checker.ValidationError) as error:
+        raise TrialFailure(f"export: opset {written} cannot be converted to {opset}: {_line(error)}") from error
+
+
+# --- sites and their nodes --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    site: str
+    shapes: tuple[tuple[int, ...], ...]  # the weight, and as a matrix product wants it
+
+
+def _weighted_calls(module: nn.Module, example: torch.Tensor) -> list[_Call]:
+    """Modules with a weight of two or more axes, in the order in which one forward pass calls them."""
+    calls: list[_Call] = []
+    handles: list[Any] = []
+    for name, part in module.named_modules():
+        weight: Any = getattr(part, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.ndim < 2:
+            continue
+        shape = tuple(weight.shape)
+        call = _Call(name or ".", (shape, shape[::-1]) if len(shape) == 2 else (shape,))
+        handles.append(part.register_forward_pre_hook(lambda *_, call=call: calls.append(call)))
+    try:
+        with torch.no_grad():
+            module(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _match(model: onnx.ModelProto, calls: Sequence[_Call], parameters: Mapping[str, Any]) -> dict[int, str]:
+    """Index of a weighted node -> site.
+
+    Both exporters keep the order of the calls, so nodes and calls are walked together. A call is a node's if the
+    shapes agree and so does the weight's name where it survived (folding renames), else the scope in the node's name
+    (TorchScript) or metadata (dynamo). Calls without a node (embeddings, dead ends) and nodes without a call
+    (functional products) are passed over.
+    """
+    dims = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    found: dict[int, str] = {}
+    start = 0
+    for index, node in enumerate(model.graph.node):
+        if node.op_type not in _WEIGHTED:
+            continue
+        weight = node.input[1]
+        for position in range(start, len(calls)):
+            call = calls[position]
+            if dims.get(weight) in call.shapes and _speaks_of(node, weight, call.site, parameters):
+                found[index] = call.site
+                start = position + 1
+                break
+    return found
+
+
+def _speaks_of(node: onnx.NodeProto, weight: str, site: str, parameters: Mapping[str, Any]) -> bool:
+    if weight in parameters:
+        return weight == ("weight" if site == "." else f"{site}.weight")
+    scopes = [prop.value for prop in node.metadata_props if prop.key == "pkg.torch.onnx.name_scopes"]
+    if scopes:
+        return f"'{site}'" in scopes[0]
+    path = node.name.split("/")
+    if len(path) < 3:  # no scope was written
+        return True
+    # TorchScript writes a module's name from its last part that is no number, and _N after repeated calls
+    short = re.search(r"(?:^|\.)([^.]*[^.\d][^.]*(?:\.\d+)*|[\d.]+)$", site)
+    return bool(short) and re.fullmatch(re.escape(short[1]) + r"(_\d+)?", path[-2]) is not None
+
+
+def _with_containers(sites: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Nodes by site, by every module that contains it, and by "." for the whole network."""
+    nodes: defaultdict[str, list[str]] = defaultdict(list)
+    for site, names in sites.items():
+        atoms = site.split(".") if site != "." else []
+        for depth in range(len(atoms) + 1):
+            nodes[".".join(atoms[:depth]) or "."].extend(names)
+    return {site: tuple(nodes[site]) for site in sorted(nodes)}
+
+
+# --- parts, parity, identity --------------------------------------------------------------------------------------
+
+
+def compose(exported: Exported) -> bytes:
+    """One file from all parts, each fed by the one before; a single part is returned as it is.
+
+    Raises UserError if there is no part.
+    """
+    if not exported.parts:
+        raise UserError("compose: there is no part to compose")
+    if len(exported.parts) == 1:
+        return exported.parts[0].model
+    models = [onnx.load_model_from_string(part.model) for part in exported.parts]
+    first, last = models[0].graph.input[0].name, models[-1].graph.output[0].name
+    prefixed = [
+        onnx_compose.add_prefix(model, f"{part.name}:") for part, model in zip(exported.parts, models, strict=True)
+    ]
+    whole = prefixed[0]
+    for following in prefixed[1:]:
+        link = (whole.graph.output[0].name, following.graph.input[0].name)
+        whole = onnx_compose.merge_models(whole, following, io_map=[link])
+    outer = {whole.graph.input[0].name: first, whole.graph.output[0].name: last}
+    for value in (*whole.graph.input, *whole.graph.output):
+        value.name = outer.get(value.name, value.name)
+    for node in whole.graph.node:
+        replace(node.input, [outer.get(name, name) for name in node.input])
+        replace(node.output, [outer.get(name, name) for name in node.output])
+    strip(whole)
+    return whole.SerializeToString(deterministic=True)
+
+
+def parity(module: nn.Module, model: bytes, inputs: NDArray[Any]) -> float:
+    """Largest difference between file and module relative to the module's largest output.
+
+    Relative, because a network whose batch-norm statistics are not estimated yet answers with about 1e-15, which any
+    absolute tolerance passes. Raises TrialFailure above TOLERANCE, or if either answers with NaN, infinity or only
+    zeros.
+    """
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            expected = module(torch.from_numpy(inputs)).float().numpy()
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    found = predictor(model)(inputs)
+    if found.shape != expected.shape:
+        raise TrialFailure(f"parity: the file answers with shape {found.shape}, torch with {expected.shape}")
+    largest = float(np.abs(expected).max())
+    error = float(np.abs(found - expected).max()) / largest if largest > 0 else float("nan")
+    if not error <= TOLERANCE:
+        raise TrialFailure(
+            f"parity: file and torch differ by {error:.2g} of the largest output {largest:.2g} (limit {TOLERANCE:g})"
+        )
+    return error
+
+
+def predictor(model: bytes, threads: int = 1) -> Predict:
+    """Run a file with onnxruntime: (n, ...) inputs to its first output (n, ...).
+
+    Raises TrialFailure if it cannot load.
+    """
+    session = open_session(model, threads)
+    name = session.get_inputs()[0].name
+
+    def predict(inputs: NDArray[Any]) -> NDArray[Any]:
+        return np.asarray(session.run(None, {name: np.ascontiguousarray(inputs)})[0])
+
+    return predict

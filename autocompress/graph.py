@@ -1,0 +1,271 @@
+"""ONNX graphs: put an exporter's leavings in order, run one, hash one (floor F2).
+
+After `settle` and `rename` a graph's nodes and tensors have short names that depend on nothing but the graph
+(`stages.0.0.conv1/Conv`, `Add_3`, `head.weight`), and no node computes what is constant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper, shape_inference
+
+from autocompress.types import TrialFailure
+
+IR_VERSION = 9
+"""Newest file format that onnxruntime 1.17 reads; nothing written here needs a newer one."""
+TARGET = {"Reshape": 1, "Expand": 1, "Resize": 3}
+"""Where a node takes the shape that it gives."""
+
+
+def settle(model: onnx.ModelProto, example: NDArray[Any]) -> None:
+    """Remove in place what the data do not decide: constant nodes, computed sizes, means that are pooling."""
+    _inline_constants(model)
+    _settle_targets(model, example)
+    _settle_means(model)
+    _drop_dead(model)
+
+
+def _inline_constants(model: onnx.ModelProto) -> None:
+    """Constant nodes become initializers, identities are seen through."""
+    graph = model.graph
+    outputs = {output.name for output in graph.output}
+    alias: dict[str, str] = {}
+    kept: list[onnx.NodeProto] = []
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = alias.get(name, name)
+        if node.op_type == "Identity" and node.output[0] not in outputs:
+            alias[node.output[0]] = node.input[0]
+        elif node.op_type == "Constant" and node.attribute[0].name == "value":
+            node.attribute[0].t.name = node.output[0]
+            graph.initializer.append(node.attribute[0].t)
+        else:
+            kept.append(node)
+    replace(graph.node, kept)
+
+
+def _settle_targets(model: onnx.ModelProto, example: NDArray[Any]) -> None:
+    """Sizes that the file would compute from the batch's shape on every run become constants where they are constant.
+
+    TorchScript writes ten small nodes per channel shuffle, both exporters four per resize. The sizes are read off at
+    two batch sizes: equal ones are constant, and a Reshape may leave its first axis to the runtime.
+    """
+    graph = model.graph
+    constants = {tensor.name for tensor in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    asking: list[tuple[onnx.NodeProto, int]] = []
+    for node in graph.node:
+        place = TARGET.get(node.op_type, len(node.input))
+        target = node.input[place] if place < len(node.input) else ""
+        if target and target not in constants and _of_shapes(target, producers, constants):
+            asking.append((node, place))
+    if not asking:
+        return
+    wanted = list(dict.fromkeys(name for node, place in asking for name in (node.input[place], node.input[0])))
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    replace(probe.graph.output, [onnx.ValueInfoProto(name=name) for name in wanted if name != graph.input[0].name])
+    names = [output.name for output in probe.graph.output]
+    probing = open_session(probe.SerializeToString())
+    found: list[dict[str, NDArray[Any]]] = []
+    for inputs in (example, np.concatenate((example, example[:1]))):
+        feed = {graph.input[0].name: inputs}
+        outputs: list[Any] = list(probing.run(names, feed))
+        found.append({**feed, **dict(zip(names, outputs, strict=True))})
+    for node, place in asking:
+        one, other = (values[node.input[place]].copy() for values in found)
+        if node.op_type == "Resize":
+            before = found[0][node.input[0]].shape
+            scales = np.array([1.0, *(new / old for new, old in zip(one[1:], before[1:], strict=True))], np.float32)
+            exact = [int(np.floor(old * scale)) for old, scale in zip(before, scales, strict=True)] == one.tolist()
+            if exact and one[1:].tolist() == other[1:].tolist():  # else the runtime would round to another size
+                graph.initializer.append(numpy_helper.from_array(scales, f"{node.output[0]}.scales"))
+                replace(node.input, [*node.input[:2], f"{node.output[0]}.scales"])
+            continue
+        if node.op_type == "Reshape" and one[0] != other[0] and -1 not in one[1:]:
+            one[0] = other[0] = -1
+        if one.tolist() == other.tolist():
+            graph.initializer.append(numpy_helper.from_array(one, f"{node.output[0]}.target"))
+            node.input[place] = f"{node.output[0]}.target"
+
+
+def _of_shapes(name: str, producers: Mapping[str, onnx.NodeProto], constants: set[str]) -> bool:
+    """True if a tensor is computed from shapes and constants alone."""
+    waiting, seen = [name], set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name in constants:
+            continue
+        seen.add(name)
+        if name not in producers:
+            return False
+        if producers[name].op_type != "Shape":
+            waiting.extend(filter(None, producers[name].input))
+    return True
+
+
+def _settle_means(model: onnx.ModelProto) -> None:
+    """A mean over all positions of (n, c, h, w) becomes GlobalAveragePool, which has an integer form."""
+    if not any(node.op_type == "ReduceMean" for node in model.graph.node):
+        return
+    ranks = _ranks(shape_inference.infer_shapes(model))
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    kept: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        axes = attributes.get("axes", ())
+        if node.op_type == "ReduceMean" and len(node.input) == 2 and node.input[1] in constants:
+            axes = numpy_helper.to_array(constants[node.input[1]]).ravel().tolist()
+        four = node.op_type == "ReduceMean" and ranks.get(node.input[0]) == 4
+        if not four or sorted(axis % 4 for axis in axes) != [2, 3]:
+            kept.append(node)
+            continue
+        flat = not attributes.get("keepdims", 1)
+        pooled = f"{node.output[0]}.pooled" if flat else node.output[0]
+        kept.append(helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], node.name))
+        if flat:
+            kept.append(helper.make_node("Flatten", [pooled], [node.output[0]], f"{node.name}.flat", axis=1))
+    replace(model.graph.node, kept)
+
+
+def _ranks(model: onnx.ModelProto) -> dict[str, int]:
+    graph = model.graph
+    infos = (*graph.input, *graph.value_info, *graph.output)
+    return {info.name: len(info.type.tensor_type.shape.dim) for info in infos}
+
+
+def _drop_dead(model: onnx.ModelProto) -> None:
+    """Remove nodes and initializers that no output needs."""
+    graph = model.graph
+    needed = {output.name for output in graph.output}
+    kept: list[onnx.NodeProto] = []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            kept.append(node)
+    replace(graph.node, kept[::-1])
+    replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in needed])
+
+
+def rename(model: onnx.ModelProto, sites: Mapping[int, str]) -> dict[str, tuple[str, ...]]:
+    """Name nodes by site or type, tensors by node, weights by site; returns the nodes of every site that has some.
+
+    Exporters merge equal initializers, so their number would depend on values: each user gets its own copy.
+    """
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    outer = {value.name for value in (*graph.input, *graph.output)}
+    used: Counter[str] = Counter()
+    tensors: dict[str, str] = {}
+    fresh: dict[str, onnx.TensorProto] = {}
+    by_site: defaultdict[str, list[str]] = defaultdict(list)
+
+    def unique(stem: str) -> str:
+        used[stem] += 1
+        return stem if used[stem] == 1 else f"{stem}_{used[stem] - 1}"
+
+    for index, node in enumerate(graph.node):
+        site = sites.get(index)
+        node.name = unique(f"{site}/{node.op_type}" if site else node.op_type)
+        if site:
+            by_site[site].append(node.name)
+        for place, name in enumerate(node.input):
+            if name in constants:
+                role = ("input", "weight", "bias")[place] if site else str(place)
+                # a module called twice keeps one weight; anything else never shares
+                mine = f"{site}.{role}" if site else f"{node.name}.{role}"
+                fresh[mine] = _renamed(constants[name], mine)
+                node.input[place] = mine
+            elif name:
+                node.input[place] = tensors.get(name, name)
+        for place, name in enumerate(node.output):
+            if name and name not in outer:
+                tensors[name] = node.name if place == 0 else f"{node.name}.{place}"
+                node.output[place] = tensors[name]
+    replace(graph.initializer, fresh.values())
+    return {site: tuple(names) for site, names in by_site.items()}
+
+
+def _renamed(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
+    return numpy_helper.from_array(numpy_helper.to_array(tensor), name)
+
+
+def strip(model: onnx.ModelProto) -> None:
+    """Drop what describes the exporter's run rather than the network, and cap the file format's version."""
+    graph = model.graph
+    for message in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        message.ClearField("doc_string")
+        if "metadata_props" in message.DESCRIPTOR.fields_by_name:
+            message.ClearField("metadata_props")
+    graph.ClearField("value_info")
+    graph.name = "autocompress"
+    model.ir_version = min(model.ir_version, IR_VERSION)
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """The model's version of ONNX's own operators."""
+    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def replace(target: Any, items: Iterable[Any]) -> None:
+    """New content for a repeated field (protobuf copies messages, so the items are taken out first)."""
+    taken = list(items)
+    del target[:]
+    target.extend(taken)
+
+
+def open_session(model: bytes, threads: int = 1) -> onnxruntime.InferenceSession:
+    """Load a file on the processor. Raises TrialFailure, with onnxruntime's own words, if it cannot."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        # onnxruntime's exceptions share no base class
+        raise TrialFailure(f"onnxruntime cannot load the file: {' '.join(str(error).split())[:300]}") from error
+
+
+def graph_hash(model: bytes, weights: bool) -> str:
+    """Short hash of what the file computes, whatever its nodes and tensors are called.
+
+    Without `weights`, of what its latency depends on: operations, attributes, types and shapes, and the values of
+    whole-number constants (axes, sizes) and of a Resize's scales; not of weights or quantization scales.
+    """
+    graph = onnx.load_model_from_string(model).graph
+    digest = hashlib.sha256()
+    tensors = {tensor.name: _described(tensor, weights) for tensor in graph.initializer}
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    numbers: dict[str, str] = {"": "none"}
+    for value in (*graph.input, *graph.output):
+        digest.update(value.type.SerializeToString(deterministic=True))
+    for value in graph.input:
+        numbers.setdefault(value.name, f"in{len(numbers)}")
+    for node in graph.node:
+        inputs: list[str] = []
+        for name in node.input:
+            if name in tensors:
+                inputs.append(_described(values[name], True) if node.op_type == "Resize" else tensors[name])
+            else:
+                inputs.append(numbers[name])
+        attributes = sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute)
+        digest.update(repr((node.domain, node.op_type, inputs, attributes, len(node.output))).encode())
+        for name in node.output:
+            numbers.setdefault(name, f"t{len(numbers)}")
+    digest.update(repr([numbers.get(value.name) for value in graph.output]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _described(tensor: onnx.TensorProto, weights: bool) -> str:
+    shape = f"{tensor.data_type}{list(tensor.dims)}"
+    if weights or tensor.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.BOOL):
+        return f"{shape}{hashlib.sha256(numpy_helper.to_array(tensor).tobytes()).hexdigest()}"
+    return shape
