@@ -47,17 +47,24 @@ def test_a_speedup_is_met_by_its_lower_bound_only():
     assert bounds(Budget(profile="a", speedup=3), reading(0.332), 1.0)[0].met is False
     assert bounds(Budget(profile="a", speedup=3), reading(0.32), 1.0)[0].met is True
     (bound,) = bounds(Budget(profile="a", latency_ms=0.25), reading(0.25), 1.0)
-    assert not bound.met and bound.measured == 0.25 and bound.bound == pytest.approx(0.2525)
+    assert not bound.met
+    assert bound.measured == 0.25
+    assert bound.bound == pytest.approx(0.2525)
 
 
 def test_an_unknown_size_does_not_meet_a_size_budget():
     (bound,) = bounds(Budget(profile="a", size_mb=1), reading(), None)
-    assert not bound.met and math.isinf(bound.bound)
+    assert not bound.met
+    assert math.isinf(bound.bound)
 
 
 def test_certified_without_a_reason_and_refused_with_every_reason():
     good = judge(goal(), {"a": reading()}, quality={"a": quality()}, size_mb={"a": 0.1}, limit=LIMIT)
-    assert good.certified and good.reason == "" and good.budget_met and good.quality_held and miss(good) == 0
+    assert good.certified
+    assert good.reason == ""
+    assert good.budget_met
+    assert good.quality_held
+    assert miss(good) == 0
     bad = judge(
         goal(Budget(profile="a", speedup=5, size_mb=0.05)),
         {"a": reading(noisy=True)},
@@ -65,7 +72,9 @@ def test_certified_without_a_reason_and_refused_with_every_reason():
         size_mb={"a": 0.1},
         limit=LIMIT,
     )
-    assert not bad.certified and not bad.budget_met and not bad.quality_held
+    assert not bad.certified
+    assert not bad.budget_met
+    assert not bad.quality_held
     assert "\n" not in bad.reason
     for words in ("3.96x (lower bound) of the 5x asked", "0.100 MB", "below the floor 0.9700", "stayed noisy"):
         assert words in bad.reason
@@ -73,8 +82,11 @@ def test_certified_without_a_reason_and_refused_with_every_reason():
 
 def test_a_missing_device_or_quality_certifies_nothing():
     found = judge(goal(), {}, quality={}, size_mb={}, limit=LIMIT)
-    assert not found.certified and not found.budget_met and not found.quality_held
-    assert "a was not measured" in found.reason and "accuracy on a is unknown" in found.reason
+    assert not found.certified
+    assert not found.budget_met
+    assert not found.quality_held
+    assert "a was not measured" in found.reason
+    assert "accuracy on a is unknown" in found.reason
     assert math.isinf(miss(found)) or miss(found) > 0
 
 
@@ -82,9 +94,11 @@ def test_sessions_that_agree_pool_to_a_narrower_interval_and_quarrelling_ones_to
     agreeing = pool([reading(0.25), reading(0.25), reading(0.25)])
     assert agreeing.ratio.value == pytest.approx(0.25)
     assert agreeing.ratio.high - agreeing.ratio.low < reading(0.25).ratio.high - reading(0.25).ratio.low
-    assert agreeing.samples == 300 and agreeing.rounds == 15
+    assert agreeing.samples == 300
+    assert agreeing.rounds == 15
     quarrel = pool([reading(0.20), reading(0.25), reading(0.30)])
-    assert quarrel.ratio.low < 0.20 and quarrel.ratio.high > 0.30
+    assert quarrel.ratio.low < 0.20
+    assert quarrel.ratio.high > 0.30
 
 
 def test_pooled_intervals_cover_the_truth():
@@ -100,7 +114,8 @@ def test_pooled_intervals_cover_the_truth():
 @given(st.lists(st.floats(0.01, 10), min_size=1, max_size=6), st.floats(0, 0.5))
 def test_pooling_keeps_the_value_inside_its_interval(ratios: list[float], share: float):
     found = pool([reading(ratio, share=share) for ratio in ratios])
-    assert found.ratio.low <= found.ratio.value * (1 + 1e-9) and found.ratio.value <= found.ratio.high * (1 + 1e-9)
+    assert found.ratio.low <= found.ratio.value * (1 + 1e-9)
+    assert found.ratio.value <= found.ratio.high * (1 + 1e-9)
     assert min(ratios) * (1 - 1e-9) <= found.ratio.value <= max(ratios) * (1 + 1e-9)
     assert found.p95_ms == max(ratio * 1.2 for ratio in ratios)
 
@@ -115,7 +130,8 @@ def test_pool_refuses_nothing_and_other_devices():
 def test_two_hosts_are_never_one_certificate():
     mixed = pool([reading(host="h1"), reading(host="h2")])
     found = judge(goal(), {"a": mixed}, quality={"a": quality()}, size_mb={}, limit=LIMIT)
-    assert not found.certified and "different hosts" in found.reason
+    assert not found.certified
+    assert "different hosts" in found.reason
 
 
 def test_certify_takes_turns_and_repeats_a_noisy_session_once():
@@ -131,7 +147,9 @@ def test_certify_takes_turns_and_repeats_a_noisy_session_once():
     both = Goal(name="all-devices", budgets=(Budget(profile="a", speedup=3), Budget(profile="b", speedup=3)))
     found = certify(measure, both, quality={"a": quality(), "b": quality()}, size_mb={}, limit=LIMIT, sessions=2)
     assert asked == ["a", "b", "b", "a", "b"]
-    assert found.certified and found.sessions == {"a": 2, "b": 2} and found.readings["a"].samples == 200
+    assert found.certified
+    assert found.sessions == {"a": 2, "b": 2}
+    assert found.readings["a"].samples == 200
     with pytest.raises(ValueError, match="at least one"):
         certify(measure, both, quality={}, size_mb={}, limit=LIMIT, sessions=0)
 
@@ -145,7 +163,10 @@ def test_the_first_that_passes_wins_and_later_ones_are_not_measured():
         return judge(goal(), {"a": reading(ratios[name])}, quality={"a": quality()}, size_mb={}, limit=LIMIT)
 
     found = choose(["x", "y", "z"], one)
-    assert found is not None and found.winner == "y" and tried == ["x", "y"] and found.certificate.certified
+    assert found is not None
+    assert found.winner == "y"
+    assert tried == ["x", "y"]
+    assert found.certificate.certified
     assert [name for name, _ in found.tried] == ["x", "y"]
 
 
@@ -155,7 +176,10 @@ def test_without_a_certified_finalist_the_closest_is_named():
         list(ratios),
         lambda name: judge(goal(), {"a": reading(ratios[name])}, quality={"a": quality()}, size_mb={}, limit=LIMIT),
     )
-    assert found is not None and found.winner == "y" and not found.certificate.certified and len(found.tried) == 3
+    assert found is not None
+    assert found.winner == "y"
+    assert not found.certificate.certified
+    assert len(found.tried) == 3
     assert choose([], lambda name: pytest.fail("nothing to certify")) is None
 
 

@@ -1,0 +1,535 @@
+"""summary.json and front.csv: what a search found, machine-readable.
+
+Conventions: drops and shares are fractions (0.005 is half a point), `speedup` and `size_ratio` are baseline over model,
+times stand in the unit that the key ends with. Built from records alone; nothing is computed that was not measured.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from autocompress import pareto, space
+from autocompress.certify import Certificate
+from autocompress.types import (
+    Budget,
+    Candidate,
+    Facts,
+    Genotype,
+    Goal,
+    Interval,
+    Limit,
+    Quality,
+    Reading,
+    Record,
+    Space,
+    State,
+    Trial,
+    UserError,
+)
+
+TIMES, DASH, MINUS = "\u00d7", "\u2013", "\u2212"  # as printed; the source stays free of look-alikes
+RunState = Literal["finished", "interrupted", "running"]
+CSV_COLUMNS = (
+    "number", "state", "attempt", "device", "front", "fidelity", "quality", "quality_low", "quality_high", "drop",
+    "ms", "ms_low", "ms_high", "p95_ms", "ratio", "ratio_low", "ratio_high", "speedup", "size_mb", "macs", "parameters",
+    "budget_met", "genotype", "policy",
+)  # fmt: skip
+
+
+class Finding(Record):
+    """What the search hands in per goal: the finalist that was certified, or the closest one."""
+
+    goal: str
+    number: int
+    candidate: Candidate
+    certificate: Certificate
+    test: dict[str, Quality] = {}  # per profile, read once
+    macs: int = 0
+    parameters: int = 0
+    path: str = ""  # of the artifact, relative to OUT
+    tried: tuple[int, ...] = ()  # numbers of the finalists measured again, in order
+
+
+class Arm(Record):
+    """A control arm: the same evaluation without a search. `ran` False is shown as missing, never left out."""
+
+    name: str
+    ran: bool = False
+    why: str = ""  # why it was not run, or what went wrong
+    selection: dict[str, Quality] = {}
+    test: dict[str, Quality] = {}
+    readings: dict[str, Reading] = {}
+    size_mb: dict[str, float] = {}
+    macs: int = 0
+    parameters: int = 0
+
+
+class Figures(Record):
+    """One file on one device, against the baseline on the same device."""
+
+    ms: Interval
+    p95_ms: float
+    baseline_ms: Interval
+    speedup: Interval
+    samples: int
+    size_mb: float | None = None
+    size_ratio: float | None = None
+    selection: Quality | None = None
+    test: Quality | None = None
+    drop_selection: Interval | None = None
+    drop_test: Interval | None = None
+    budget_met: bool | None = None  # by the upper bound; None where no budget is stated
+    fingerprint: str = ""
+
+
+class Winner(Record):
+    """The best found for one goal. `speedup`, `drop` and `size_ratio` are the worst over its devices."""
+
+    goal: str
+    number: int
+    candidate: Candidate
+    policy: str  # in a few words
+    certified: bool
+    reason: str = ""
+    budget_met: bool
+    quality_held: bool
+    speedup: float
+    drop: float | None = None  # on the test split where it was read, else on the selection split
+    size_ratio: float | None = None
+    macs: int = 0
+    parameters: int = 0
+    devices: dict[str, Figures] = {}
+    tried: tuple[int, ...] = ()
+    path: str = ""
+
+
+class Control(Record):
+    """A control arm with its figures."""
+
+    name: str
+    ran: bool
+    why: str = ""
+    devices: dict[str, Figures] = {}
+    macs: int = 0
+    parameters: int = 0
+
+
+class Baseline(Record):
+    """The uncompressed file."""
+
+    selection: Quality | None = None
+    test: Quality | None = None
+    devices: dict[str, Figures] = {}
+    size_mb: float = 0.0
+    macs: int = 0
+    parameters: int = 0
+
+
+class Failure(Record):
+    """Trials that ended for the same reason."""
+
+    state: str
+    reason: str
+    count: int
+    trials: tuple[int, ...]  # the first few
+
+
+class Summary(Record):
+    """summary.json."""
+
+    format: Literal[1] = 1
+    state: RunState
+    task: str = ""
+    builder: str = ""
+    space: str = ""
+    searcher: str = ""
+    seed: int = 0
+    goals: tuple[Goal, ...] = ()
+    limit: Limit
+    minutes: float = 0.0
+    trials: int = 0
+    counts: dict[str, int] = {}
+    baseline: Baseline
+    winners: dict[str, Winner] = {}
+    closest: dict[str, Winner] = {}  # goals that no candidate met: what came nearest, uncertified
+    controls: dict[str, Control] = {}
+    failures: tuple[Failure, ...] = ()
+    seconds: dict[str, float] = {}  # work time by stage, summed over workers
+    fingerprints: dict[str, dict[str, Any]] = {}
+    versions: dict[str, str] = {}
+    job: dict[str, Any] = {}
+
+
+def drop(baseline: Quality | None, found: Quality | None) -> Interval | None:
+    """Quality lost, in the metric's unit, with a 95 % interval; None where either is unknown.
+
+    The square-and-add interval of a difference (Newcombe 1998, Statistics in Medicine 17:873, method 10). It takes the
+    two qualities as independent, which on the same samples errs to the wide side.
+    """
+    if baseline is None or found is None:
+        return None
+    b, c = baseline.value, found.value
+    value = b.value - c.value
+    low = value - math.hypot(b.value - b.low, c.high - c.value)
+    high = value + math.hypot(b.high - b.value, c.value - c.low)
+    return Interval(value=value, low=low, high=high)
+
+
+def figures(
+    reading: Reading,
+    *,
+    budget: Budget | None = None,
+    size_mb: float | None = None,
+    baseline_size_mb: float | None = None,
+    selection: Quality | None = None,
+    test: Quality | None = None,
+    baseline_selection: Quality | None = None,
+    baseline_test: Quality | None = None,
+) -> Figures:
+    """A reading and what is known beside it."""
+    ratio = reading.ratio
+    met = pareto.meets(reading, budget, size_mb) if budget is not None else None
+    return Figures(
+        ms=reading.ms,
+        p95_ms=reading.p95_ms,
+        baseline_ms=reading.baseline_ms,
+        speedup=Interval(value=1 / ratio.value, low=1 / ratio.high, high=1 / ratio.low),
+        samples=reading.samples,
+        size_mb=size_mb,
+        size_ratio=baseline_size_mb / size_mb if baseline_size_mb and size_mb else None,
+        selection=selection,
+        test=test,
+        drop_selection=drop(baseline_selection, selection),
+        drop_test=drop(baseline_test, test),
+        budget_met=all(met.values()) if met else None,
+        fingerprint=reading.fingerprint,
+    )
+
+
+def build(
+    *,
+    state: RunState,
+    space_: Space,
+    goals: Sequence[Goal],
+    limit: Limit,
+    facts: Facts,
+    trials: Sequence[Trial],
+    findings: Sequence[Finding] = (),
+    arms: Sequence[Arm] = (),
+    baseline_test: Quality | None = None,
+    searcher: str = "",
+    seed: int = 0,
+    minutes: float = 0.0,
+    seconds: Mapping[str, float] | None = None,
+    job: Mapping[str, Any] | None = None,
+) -> Summary:
+    """The summary of a run; `seconds` are stages outside the trials (parent, station start, certification).
+
+    Goals without a finding get the closest trial by its search readings. Trial 0 is the control and not counted.
+    """
+    control = next((trial for trial in trials if trial.number == 0), None)
+    searched = [trial for trial in trials if trial.number > 0]
+    spent = Counter[str](dict(seconds or {}))
+    for trial in searched:
+        spent.update(trial.outcome.seconds)
+    budgets = {budget.profile: budget for goal in goals for budget in goal.budgets}
+    base = _baseline(facts, control, baseline_test)
+    knobs = parent_arch(space_)
+    reached = {finding.goal: _winner(finding, budgets, facts, baseline_test, knobs) for finding in findings}
+    for goal in goals:
+        if goal.name not in reached:
+            near = pareto.best(searched, goal, limit, 1)
+            if near:
+                reached[goal.name] = _winner(
+                    _uncertified(near[0], goal, limit, space_), budgets, facts, baseline_test, knobs
+                )
+    good = {name: one for name, one in reached.items() if one.certified or (one.budget_met and one.quality_held)}
+    job = dict(job or {})
+    model = job.get("model")
+    return Summary(
+        state=state,
+        task=str(job.get("task", "")),
+        builder=str(model.get("builder", "")) if isinstance(model, dict) else str(model or ""),
+        space=space_.name,
+        searcher=searcher,
+        seed=seed,
+        goals=tuple(goals),
+        limit=limit,
+        minutes=minutes,
+        trials=len(searched),
+        counts=counts(searched),
+        baseline=base,
+        winners=good,
+        closest={name: one for name, one in reached.items() if name not in good},
+        controls={arm.name: _control(arm, budgets, facts, baseline_test) for arm in _all_arms(arms)},
+        failures=failures(searched),
+        seconds={name: round(value, 3) for name, value in sorted(spent.items())},
+        fingerprints=facts.fingerprints,
+        versions=facts.versions,
+        job=job,
+    )
+
+
+def counts(trials: Sequence[Trial]) -> dict[str, int]:
+    """How many trials stand in each state; every state is named."""
+    found = Counter(trial.state.value for trial in trials)
+    return {state.value: found.get(state.value, 0) for state in State}
+
+
+def failures(trials: Sequence[Trial]) -> tuple[Failure, ...]:
+    """Failed and infeasible trials grouped by reason, figures in the reason aside; most frequent first."""
+    groups: dict[tuple[str, str], list[Trial]] = {}
+    for trial in trials:
+        if trial.state in (State.FAILED, State.INFEASIBLE):
+            pattern = re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "#", trial.outcome.reason)
+            groups.setdefault((trial.state.value, pattern), []).append(trial)
+    ranked = sorted(groups.items(), key=lambda item: (item[0][0] != "failed", -len(item[1]), item[0]))
+    return tuple(
+        Failure(
+            state=state,
+            reason=(those[0].outcome.reason if len(those) == 1 else pattern.replace("#", "…")) or "no reason given",
+            count=len(those),
+            trials=tuple(trial.number for trial in those[:8]),
+        )
+        for (state, pattern), those in ranked
+    )
+
+
+def describe(candidate: Candidate, parent_arch: Mapping[str, Any] | None = None) -> str:
+    """A candidate in a few words: changed knobs, then how many sites each setting touches."""
+    base = parent_arch or {}
+    knobs = [f"{name} {_short(value)}" for name, value in candidate.arch.items() if base.get(name) != value]
+    settings: dict[str, list[tuple[Any, ...]]] = {}
+    for rule in candidate.policy.rules:
+        name = _short(rule.settings.get("bits", rule.op)) if rule.op == "quantize" else rule.op
+        settings.setdefault(name, []).append(tuple(rule.settings.values()))
+    parts = [_group(name, rules) for name, rules in settings.items()]
+    return " · ".join([*knobs, *parts]) or "unchanged"
+
+
+def _group(name: str, rules: Sequence[tuple[Any, ...]]) -> str:
+    """`prune x5 (0.25-0.5)`: how many sites, and the range of the first setting where it is a number."""
+    numbers = [
+        rule[0] for rule in rules if rule and isinstance(rule[0], (int, float)) and not isinstance(rule[0], bool)
+    ]
+    if len(rules) == 1:
+        return f"{name} {_short(numbers[0])}" if numbers else name
+    low, high = (min(numbers), max(numbers)) if numbers else (0, 0)
+    spread = f" ({_short(low)})" if low == high else f" ({_short(low)}{DASH}{_short(high)})"
+    return f"{name} {TIMES}{len(rules)}" + (spread if numbers else "")
+
+
+def times(speedup: float) -> str:
+    """`4.12x`."""
+    return f"{speedup:.2f}{TIMES}" if speedup < 100 else f"{speedup:.0f}{TIMES}"
+
+
+def lost(value: float, quality: float) -> str:
+    """A drop for the eye: points (hundredths) where the metric is a share, else its own unit."""
+    return f"{100 * value:.2f} pt".replace("-", MINUS) if abs(quality) <= 1 and abs(value) <= 1 else f"{value:.4g}"
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def genotype_hash(genotype: Genotype) -> str:
+    """Eight hex digits that name a genotype in a table."""
+    return hashlib.sha256(json.dumps(list(genotype)).encode()).hexdigest()[:8]
+
+
+def parent_arch(space_: Space) -> dict[str, Any]:
+    """The parent's own choices of the space's architecture knobs."""
+    return {gene.name: gene.choices[0] for gene in space_.genes if gene.kind == "arch"}
+
+
+def front_csv(space_: Space, goals: Sequence[Goal], limit: Limit, facts: Facts, trials: Sequence[Trial]) -> str:
+    """One row per measured trial and device. `front` names the goals on whose front the trial lies."""
+    on_front: dict[int, list[str]] = {}
+    for goal in goals:
+        for trial in pareto.front(trials, goal, limit):
+            on_front.setdefault(trial.number, []).append(goal.name)
+    budgets = {budget.profile: budget for goal in goals for budget in goal.budgets}
+    base = parent_arch(space_)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(CSV_COLUMNS)
+    for trial in trials:
+        words = describe(space.decode(space_, trial.genotype), base) if trial.outcome.readings else ""
+        for profile, reading in trial.outcome.readings.items():
+            found = trial.outcome.quality.get(profile)
+            lost = drop(facts.baseline_quality, found)
+            budget = budgets.get(profile)
+            size = trial.outcome.size_mb.get(profile)
+            met = all(pareto.meets(reading, budget, size).values()) if budget is not None else ""
+            values = (found.value.value, found.value.low, found.value.high) if found is not None else ("", "", "")
+            table.writerow([
+                trial.number, trial.state.value, trial.attempt, profile, "+".join(on_front.get(trial.number, ())),
+                trial.outcome.fidelity, *values, lost.value if lost is not None else "",
+                reading.ms.value, reading.ms.low, reading.ms.high, reading.p95_ms,
+                reading.ratio.value, reading.ratio.low, reading.ratio.high, reading.speedup,
+                size if size is not None else "", trial.outcome.macs, trial.outcome.parameters, met,
+                genotype_hash(trial.genotype), words,
+            ])  # fmt: skip
+    return text.getvalue()
+
+
+def write(out: Path, summary: Summary, table: str) -> Path:
+    """Write OUT/summary.json and OUT/front.csv, each whole or not at all; returns the former's path."""
+    _replace(out / "front.csv", table)
+    return _replace(out / "summary.json", summary.model_dump_json(indent=1) + "\n")
+
+
+def read(out: Path) -> Summary | None:
+    """OUT/summary.json, or None where the run has not written one. Raises UserError if it is not readable."""
+    path = out / "summary.json"
+    try:
+        return Summary.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a summary of this version ({first})") from error
+
+
+def _replace(path: Path, text: str) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
+            file.write(text)
+        Path(file.name).chmod(0o644)
+        Path(file.name).replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    return path
+
+
+# --- parts of the summary -------------------------------------------------------------------------------------------
+
+
+def _baseline(facts: Facts, control: Trial | None, test: Quality | None) -> Baseline:
+    return Baseline(
+        selection=facts.baseline_quality,
+        test=test,
+        devices={
+            profile: figures(
+                reading,
+                size_mb=facts.baseline_size_mb or None,
+                baseline_size_mb=facts.baseline_size_mb or None,
+                selection=facts.baseline_quality,
+                test=test,
+            )
+            for profile, reading in facts.baseline.items()
+        },
+        size_mb=facts.baseline_size_mb,
+        macs=control.outcome.macs if control else 0,
+        parameters=control.outcome.parameters if control else 0,
+    )
+
+
+def _winner(
+    finding: Finding,
+    budgets: Mapping[str, Budget],
+    facts: Facts,
+    baseline_test: Quality | None,
+    knobs: Mapping[str, Any],
+) -> Winner:
+    proof = finding.certificate
+    devices = {
+        profile: figures(
+            reading,
+            budget=budgets.get(profile),
+            size_mb=proof.size_mb.get(profile),
+            baseline_size_mb=facts.baseline_size_mb,
+            selection=proof.quality.get(profile),
+            test=finding.test.get(profile),
+            baseline_selection=facts.baseline_quality,
+            baseline_test=baseline_test,
+        )
+        for profile, reading in proof.readings.items()
+    }
+    lost = [found.drop_test or found.drop_selection for found in devices.values()]
+    sizes = [found.size_ratio for found in devices.values() if found.size_ratio is not None]
+    known = [interval.value for interval in lost if interval is not None]
+    return Winner(
+        goal=finding.goal,
+        number=finding.number,
+        candidate=finding.candidate,
+        policy=describe(finding.candidate, knobs),
+        certified=proof.certified,
+        reason=proof.reason,
+        budget_met=proof.budget_met,
+        quality_held=proof.quality_held,
+        speedup=min((found.speedup.value for found in devices.values()), default=0.0),
+        drop=max(known, default=None),
+        size_ratio=min(sizes, default=None),
+        macs=finding.macs,
+        parameters=finding.parameters,
+        devices=devices,
+        tried=finding.tried,
+        path=finding.path,
+    )
+
+
+def _uncertified(trial: Trial, goal: Goal, limit: Limit, space_: Space) -> Finding:
+    scored = pareto.score(trial.outcome, goal, limit)
+    profiles = [budget.profile for budget in goal.budgets]
+    found = trial.outcome
+    proof = Certificate(
+        goal=goal.name,
+        certified=False,
+        reason="not measured again: the search did not come to certification",
+        budget_met=all(
+            all(pareto.meets(found.readings[b.profile], b, found.size_mb.get(b.profile)).values()) for b in goal.budgets
+        ),
+        quality_held=scored is not None and scored.quality >= limit.floor,
+        floor=limit.floor,
+        quality={name: found.quality[name] for name in profiles if name in found.quality},
+        readings={name: found.readings[name] for name in profiles},
+        size_mb={name: found.size_mb[name] for name in profiles if name in found.size_mb},
+    )
+    return Finding(
+        goal=goal.name,
+        number=trial.number,
+        candidate=space.decode(space_, trial.genotype),
+        certificate=proof,
+        macs=found.macs,
+        parameters=found.parameters,
+    )
+
+
+def _all_arms(arms: Sequence[Arm]) -> list[Arm]:
+    """Those that ran, and those that the reader should know to be missing."""
+    named = {arm.name: arm for arm in arms}
+    usual = ("int8", "uniform", "random")
+    missing = [Arm(name=name, why="not run in this search") for name in usual if name not in named]
+    return [*arms, *missing]
+
+
+def _control(arm: Arm, budgets: Mapping[str, Budget], facts: Facts, baseline_test: Quality | None) -> Control:
+    devices = {
+        profile: figures(
+            reading,
+            budget=budgets.get(profile),
+            size_mb=arm.size_mb.get(profile),
+            baseline_size_mb=facts.baseline_size_mb,
+            selection=arm.selection.get(profile),
+            test=arm.test.get(profile),
+            baseline_selection=facts.baseline_quality,
+            baseline_test=baseline_test,
+        )
+        for profile, reading in arm.readings.items()
+    }
+    return Control(name=arm.name, ran=arm.ran, why=arm.why, devices=devices, macs=arm.macs, parameters=arm.parameters)
