@@ -1,0 +1,241 @@
+"""After the search: finalists are certified, winners meet the test split once, artifacts are written (floor F5)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autocompress import artifact, certify, export, pareto
+from autocompress.devices.station import Station
+from autocompress.models.trace import count
+from autocompress.parent import Baseline
+from autocompress.parts import Parts
+from autocompress.pipeline import Work, qualities, release
+from autocompress.space import decode
+from autocompress.store import Store
+from autocompress.summary import Arm, Finding
+from autocompress.types import Goal, Policy, Quality, Reading, Receipt, Rule, State, Trial, TrialFailure
+
+FINALISTS = 3
+SESSIONS = 3  # fresh timing processes per device and finalist
+
+
+@dataclass
+class Kept:
+    """What the store holds of a fully evaluated trial."""
+
+    weights: bytes
+    models: dict[str, bytes]  # by variant
+    shas: dict[str, str]
+    structure: tuple[Receipt, ...]
+    numeric: dict[str, tuple[Receipt, ...]]
+
+
+def kept(store: Store, trial: Trial) -> Kept:
+    """Read a finalist's files. Raises UserError where the run's `work` folder was changed."""
+    files = trial.outcome.files
+    receipts: dict[str, Any] = json.loads(store.get(files["receipts"]))
+    shas = {role.removeprefix("model:"): sha for role, sha in files.items() if role.startswith("model:")}
+    return Kept(
+        weights=store.get(files["weights"]),
+        models={variant: store.get(sha) for variant, sha in shas.items()},
+        shas=shas,
+        structure=tuple(Receipt.model_validate(one) for one in receipts["structure"]),
+        numeric={v: tuple(Receipt.model_validate(one) for one in those) for v, those in receipts["numeric"].items()},
+    )
+
+
+@dataclass
+class Sessions:
+    """Readings taken alone, in fresh processes; goals that share a finalist share its sessions."""
+
+    station: Station
+    taken: dict[tuple[str, str], list[Reading]] = field(default_factory=dict)
+
+    def of(self, sha: str, model: bytes) -> Callable[[str], Reading]:
+        """A `measure(profile)` for one goal: what is known first, then new sessions."""
+        used: dict[str, int] = {}
+
+        def measure(profile: str) -> Reading:
+            readings = self.taken.setdefault((sha, profile), [])
+            index = used.get(profile, 0)
+            used[profile] = index + 1
+            if index == len(readings):
+                readings.append(self.station.session(profile, model))
+            return readings[index]
+
+        return measure
+
+
+@dataclass
+class Finals:
+    """Certification and artifacts of one finished (or interrupted) search."""
+
+    parts: Parts
+    work: Work
+    baseline: Baseline
+    station: Station
+    store: Store
+    out: Path
+    exporter: str
+    test: dict[str, Quality] = field(default_factory=dict)  # by sha256 of the file: each meets the test split once
+    sessions: Sessions = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Sessions belong to the station."""
+        self.sessions = Sessions(self.station)
+
+    def variant(self, profile_name: str) -> str:
+        """The variant that serves a profile."""
+        return next(p.numeric.variant for p in self.parts.profiles if p.name == profile_name)
+
+    def finalists(self, trials: tuple[Trial, ...], goal: Goal) -> tuple[Trial, ...]:
+        """The best few fully trained trials for a goal, the closest where none is feasible."""
+        full = tuple(t for t in trials if t.number > 0 and t.state is State.DONE and "receipts" in t.outcome.files)
+        return pareto.best(full, goal, self.baseline.limit, FINALISTS)
+
+    def certify(self, goal: Goal, trial: Trial) -> certify.Certificate:
+        """Measure one finalist again, alone."""
+        files = kept(self.store, trial)
+
+        def measure(profile: str) -> Reading:
+            variant = self.variant(profile)
+            return measures[variant](profile)
+
+        measures = {v: self.sessions.of(files.shas[v], files.models[v]) for v in files.models}
+        return certify.certify(
+            measure,
+            goal,
+            quality=trial.outcome.quality,
+            size_mb=trial.outcome.size_mb,
+            limit=self.baseline.limit,
+            sessions=SESSIONS,
+        )
+
+    def test_quality(self, sha: str, model: bytes) -> Quality:
+        """The test split, read once per file."""
+        if sha not in self.test:
+            self.test[sha] = self.work.task.quality(export.predictor(model), "test")
+        return self.test[sha]
+
+    def decide(self, trials: tuple[Trial, ...], goal: Goal, folder: str) -> Finding | None:
+        """Certify in order until one passes, and write the winner (or the closest) as an artifact."""
+        chosen = certify.choose(self.finalists(trials, goal), lambda trial: self.certify(goal, trial))
+        if chosen is None:
+            return None
+        trial, proof = chosen.winner, chosen.certificate
+        files = kept(self.store, trial)
+        names = [budget.profile for budget in goal.budgets]
+        test = {
+            name: self.test_quality(files.shas[self.variant(name)], files.models[self.variant(name)]) for name in names
+        }
+        path = Path("best" if proof.certified else "closest") / folder
+        self.write(self.out / path, goal, trial, proof, files, test)
+        return Finding(
+            goal=goal.name,
+            number=trial.number,
+            candidate=decode(self.parts.space, trial.genotype),
+            certificate=proof,
+            test=test,
+            macs=trial.outcome.macs,
+            parameters=trial.outcome.parameters,
+            path=str(path),
+            tried=tuple(tried.number for tried, _ in chosen.tried),
+        )
+
+    def write(
+        self,
+        folder: Path,
+        goal: Goal,
+        trial: Trial,
+        proof: certify.Certificate,
+        files: Kept,
+        test: Mapping[str, Quality],
+    ) -> None:
+        """One artifact; several variants where the goal's devices compute integers differently."""
+        parts, facts = self.parts, self.baseline.facts
+        candidate = decode(parts.space, trial.genotype)
+        serves = {budget.profile: self.variant(budget.profile) for budget in goal.budgets}
+        first, *others = dict.fromkeys(serves.values())
+        names = {first: artifact.MODEL, **{variant: f"model-{variant}.onnx" for variant in others}}
+        artifact.write(
+            folder,
+            model=files.models[first],
+            weights=files.weights,
+            variants={names[variant]: files.models[variant] for variant in others},
+            policy=artifact.PolicyFile(
+                builder=parts.job.model.builder,
+                arch=candidate.arch,
+                parent_arch={gene.name: gene.choices[0] for gene in parts.space.genes if gene.kind == "arch"},
+                policy=candidate.policy,
+                receipts=files.structure,
+                numeric={variant: files.numeric[variant] for variant in names},
+                sites=facts.sites,
+            ),
+            manifest=artifact.Manifest(
+                goal=goal,
+                certificate=proof,
+                input=parts.task.input,
+                task=parts.job.task,
+                builder=parts.job.model.builder,
+                models={profile: names[variant] for profile, variant in serves.items()},
+                profiles=tuple(p for p in parts.profiles if p.name in serves),
+                epochs=parts.job.search.fidelity.full_epochs,
+                number=trial.number,
+                genotype=trial.genotype,
+                seed=parts.job.search.seed,
+                selection={name: trial.outcome.quality[name] for name in serves},
+                test=dict(test),
+                size_mb={name: trial.outcome.size_mb[name] for name in serves},
+                macs=trial.outcome.macs,
+                parameters=trial.outcome.parameters,
+                baseline=artifact.BaselineFigures(
+                    selection=facts.baseline_quality,
+                    test=self.test.get("baseline"),
+                    readings={name: facts.baseline[name] for name in serves},
+                    size_mb=facts.baseline_size_mb,
+                    macs=self.baseline.outcome.macs,
+                    parameters=self.baseline.outcome.parameters,
+                ),
+                fingerprints=facts.fingerprints,
+                versions=artifact.versions(),
+                exporter=self.exporter,
+                opset=self.work.opset,
+                job=parts.job.model_dump(mode="json"),
+            ),
+        )
+
+    def baseline_test(self) -> Quality:
+        """The uncompressed file on the test split."""
+        return self.test_quality("baseline", (self.out / "baseline" / "model.onnx").read_bytes())
+
+    def int8_arm(self) -> Arm:
+        """The control that every reader asks for: the parent in int8, nothing else done to it."""
+        sites = [site.name for site in self.parts.builder.sites() if "quantize" in site.ops]
+        policy = Policy(rules=tuple(Rule(site=name, op="quantize", settings={"bits": "int8"}) for name in sites))
+        try:
+            files = release(self.work, self.work.parent, policy)
+            readings = {
+                profile.name: self.station.measure(
+                    profile.name, files[profile.numeric.variant].model, files[profile.numeric.variant].key
+                )
+                for profile in self.parts.profiles
+            }
+        except TrialFailure as failure:
+            return Arm(name="int8", why=str(failure))
+        macs, parameters = count(self.work.parent, torch.zeros(1, *self.work.task.input.shape))
+        return Arm(
+            name="int8",
+            ran=True,
+            selection=qualities(self.work, files, "selection"),
+            test=qualities(self.work, files, "test"),
+            readings=readings,
+            size_mb={p.name: files[p.numeric.variant].size_mb for p in self.parts.profiles},
+            macs=macs,
+            parameters=parameters,
+        )

@@ -1,0 +1,153 @@
+"""The uncompressed network: its weights, its ONNX file, its figures (floor F5). It is trial 0 and the control."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from autocompress import export
+from autocompress.artifact import versions
+from autocompress.devices.fingerprint import short
+from autocompress.devices.station import Station
+from autocompress.models.trace import count
+from autocompress.parts import Parts
+from autocompress.pipeline import Work, export_float, weights_of
+from autocompress.store import write_atomic
+from autocompress.tasks import Task
+from autocompress.train import Training
+from autocompress.types import Facts, Limit, Outcome, QualityLimit, Reading, TrialFailure, UserError
+
+MODEL, WEIGHTS = "model.onnx", "weights.safetensors"  # in OUT/baseline
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a .safetensors file, or of a .pt that holds tensors alone. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"there is no weights file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path}: not readable as weights ({_line(error)})") from error
+    except Exception as error:  # torch.load raises pickle errors of its own for anything but tensors
+        raise UserError(f"{path}: holds more than tensors, which is not loaded ({_line(error)})") from error
+    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise UserError(f"{path}: does not hold a state dict of tensors")
+    return found
+
+
+def load_parent(module: nn.Module, path: Path) -> nn.Module:
+    """Fill the parent from a weights file. Raises UserError naming the first tensors that do not fit, or a NaN."""
+    tensors, wanted = read_weights(path), module.state_dict()
+    problems = [f"{name} is missing" for name in wanted if name not in tensors]
+    problems += [f"{name} is not the network's" for name in tensors if name not in wanted]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)}, the network has {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in tensors and tensors[name].shape != wanted[name].shape
+    ]
+    problems += [
+        f"{name} holds numbers that are not finite"
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{path}: weights of another network: {'; '.join(problems[:3])}{more}")
+    module.load_state_dict(tensors)
+    return module.eval()
+
+
+def train_parent(module: nn.Module, task: Task, epochs: float, seed: int) -> nn.Module:
+    """Train the parent from scratch, with all threads that torch has."""
+    training = Training(module, task, epochs=epochs, seed=seed)
+    try:
+        training.run_to(1.0)
+    except TrialFailure as failure:
+        raise UserError(f"training the uncompressed model: {failure}; give trained `weights` for `model`") from failure
+    return module.eval()
+
+
+def make_parent(parts: Parts, folder: Path, say: Callable[[str], None]) -> nn.Module:
+    """The parent with weights: from an earlier start of this run, from the job's file, or trained; kept in `folder`."""
+    torch.manual_seed(parts.job.search.seed)
+    module, kept = parts.builder.build({}), folder / WEIGHTS
+    if kept.is_file():
+        return load_parent(module, kept)
+    if parts.job.model.weights is not None:
+        say(f"loading {parts.job.model.weights}")
+        load_parent(module, Path(parts.job.model.weights))
+    else:
+        say(f"training the uncompressed {parts.builder.name} for {parts.job.model.epochs:g} epochs")
+        train_parent(module, parts.task, parts.job.model.epochs, parts.job.search.seed)
+    write_atomic(kept, weights_of(module))
+    return module
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the search is held against."""
+
+    facts: Facts
+    limit: Limit
+    outcome: Outcome  # of trial 0
+    key: str  # weight-free graph hash
+
+
+def export_baseline(work: Work, folder: Path) -> str:
+    """Write OUT/baseline/model.onnx; returns its weight-free graph hash."""
+    model = export.compose(export_float(work, work.parent))
+    write_atomic(folder / MODEL, model)
+    return export.graph_hash(model, weights=False)
+
+
+def measure_baseline(parts: Parts, work: Work, station: Station, folder: Path, key: str) -> Baseline:
+    """Quality on the selection split and a reading on every device (against itself)."""
+    path = folder / MODEL
+    model = path.read_bytes()
+    quality = work.task.quality(export.predictor(model), "selection")
+    readings: dict[str, Reading] = {}
+    prints = {}
+    for profile in parts.profiles:
+        host = station.fingerprint(profile.name)
+        prints[short(host)] = host
+        readings[profile.name] = station.measure(profile.name, path, key)
+    size = len(model) / 1e6
+    macs, parameters = count(work.parent, torch.zeros(1, *work.task.input.shape))
+    facts = Facts(
+        sites=parts.builder.sites(),
+        baseline=readings,
+        baseline_quality=quality,
+        baseline_size_mb=size,
+        parent=hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+        fingerprints=prints,
+        versions=versions(),
+    )
+    outcome = Outcome(
+        fidelity=1.0,
+        readings=readings,
+        quality={profile.name: quality for profile in parts.profiles},
+        size_mb={profile.name: size for profile in parts.profiles},
+        macs=macs,
+        parameters=parameters,
+    )
+    return Baseline(facts, floor(parts.job.quality, quality.value.value), outcome, key)
+
+
+def floor(asked: QualityLimit, baseline: float) -> Limit:
+    """The quality that must hold, given the baseline's."""
+    value = asked.min if asked.min is not None else baseline - (asked.max_drop or 0.0)
+    return Limit(metric=asked.metric, floor=value)
+
+
+def _line(error: object) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]

@@ -1,0 +1,436 @@
+"""The single path from a candidate to its outcome (floor F4).
+
+Order: build, inherit, structure ops, batch-norm statistics; then *latency first* (a candidate over every budget ends
+here, untrained); then training rung by rung, and at each rung export, parity with torch, numeric ops and the quality
+of the ONNX file. Searching and re-applying a policy both go through these functions, so they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from autocompress import export as exporting
+from autocompress.models import Builder
+from autocompress.models.trace import count
+from autocompress.ops import Op, Phase
+from autocompress.pareto import over_every_budget
+from autocompress.tasks import Predict, Task
+from autocompress.train import Training, reestimate_batchnorm
+from autocompress.types import (
+    Arch,
+    Assignment,
+    Budget,
+    Candidate,
+    Outcome,
+    Policy,
+    Profile,
+    Quality,
+    Reading,
+    Receipt,
+    Record,
+    Rule,
+    State,
+    TrialFailure,
+)
+
+STRUCTURE_ORDER = ("prune", "lowrank")  # low rank after pruning: a rank is a fraction of the pruned shape
+BATCHNORM_BATCHES = 8
+FIRST_LOOK = 32  # calibration images for the latency-first file: ranges do not change its speed
+
+
+class Files(Protocol):
+    """Content-addressed bytes, wherever the worker runs."""
+
+    def put(self, data: bytes) -> str:
+        """Keep `data`, return its sha256."""
+        ...
+
+    def get(self, sha: str) -> bytes:
+        """The bytes of a sha256."""
+        ...
+
+    def has(self, sha: str) -> bool:
+        """Whether these bytes are kept."""
+        ...
+
+
+class Gate(Protocol):
+    """Where measuring needs quiet, trainers hold the gate while they compute and let it go at step boundaries."""
+
+    def working(self) -> AbstractContextManager[None]:
+        """Hold the gate while computing."""
+        ...
+
+    def step(self) -> None:
+        """At a step boundary: let a waiting measurement in."""
+        ...
+
+
+class OpenGate:
+    """No quiet phases: the station has cores of its own."""
+
+    def working(self) -> AbstractContextManager[None]:
+        """Nothing to hold."""
+        return nullcontext()
+
+    def step(self) -> None:
+        """Nothing to wait for."""
+
+
+Measure = Callable[[str, bytes, str], Reading]
+"""(profile name, ONNX file, weight-free graph hash) -> reading."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What evaluating needs, the same for every candidate."""
+
+    builder: Builder
+    task: Task
+    ops: Mapping[str, Op]
+    parent: nn.Module  # trained, in eval mode: donor of weights and teacher
+    profiles: tuple[Profile, ...]
+    epochs: float = 10.0
+    exporter: exporting.Exporter = "torchscript"
+    gate: Gate = field(default_factory=OpenGate)
+
+    @property
+    def opset(self) -> int:
+        """One file serves all profiles of a variant: the oldest opset among them."""
+        return min(profile.opset for profile in self.profiles)
+
+    @property
+    def shape_profile(self) -> Profile:
+        """The profile structure ops round to: the largest channel multiple of all targets."""
+        return max(self.profiles, key=lambda profile: profile.channel_multiple)
+
+    @property
+    def variants(self) -> dict[str, Profile]:
+        """One profile for each distinct set of numeric settings."""
+        return {profile.numeric.variant: profile for profile in reversed(self.profiles)}
+
+
+class FirstLook:
+    """A task with few calibration samples, for the file whose speed alone is asked."""
+
+    def __init__(self, task: Task) -> None:
+        self._task, self.name, self.metric, self.input = task, task.name, task.metric, task.input
+
+    def batches(
+        self, split: str, size: int, *, limit: int | None = None, seed: int | None = None
+    ) -> Iterator[tuple[Any, Any]]:
+        """At most `FIRST_LOOK` samples of any split."""
+        limit = FIRST_LOOK if limit is None else min(limit, FIRST_LOOK)
+        return self._task.batches(split, min(size, limit), limit=limit, seed=seed)
+
+    def loss(self, outputs: Any, targets: Any) -> Any:
+        """The task's."""
+        return self._task.loss(outputs, targets)
+
+    def quality(self, predict: Predict, split: str) -> Quality:
+        """The task's."""
+        return self._task.quality(predict, split)
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """A candidate's torch module after structure ops, with the receipts that made it."""
+
+    module: nn.Module
+    receipts: tuple[Receipt, ...]
+
+
+@dataclass(frozen=True)
+class Release:
+    """One variant's file."""
+
+    model: bytes
+    key: str  # weight-free graph hash: files with equal keys run equally fast
+    receipts: tuple[Receipt, ...]
+
+    @property
+    def size_mb(self) -> float:
+        """1 MB = 1e6 bytes."""
+        return len(self.model) / 1e6
+
+
+class Checkpoint(Record):
+    """Where a trial can go on: receipts rebuild the shapes, `training` (safetensors, by sha256) the rest."""
+
+    receipts: tuple[Receipt, ...]
+    readings: dict[str, Reading]
+    keys: dict[str, str]
+    training: str
+
+
+def ordered(policy: Policy, ops: Mapping[str, Op], phase: Phase) -> list[tuple[Op, tuple[Rule, ...]]]:
+    """The ops of one phase with their rules, in the order they act.
+
+    Raises:
+        TrialFailure: a rule names an op that is not there.
+    """
+    names = list(dict.fromkeys(rule.op for rule in policy.rules))
+    for name in names:
+        if name not in ops:
+            raise TrialFailure(f"policy names op {name!r}, known are {', '.join(sorted(ops))}")
+    known = [name for name in STRUCTURE_ORDER if name in names]
+    known += [name for name in names if name not in STRUCTURE_ORDER]
+    return [(ops[name], policy.of(name)) for name in known if ops[name].phase == phase]
+
+
+def shape(work: Work, candidate: Candidate) -> Shaped:
+    """Build, inherit the parent's weights, decide and enact the structure ops, re-estimate batch norm."""
+    module = work.builder.build(candidate.arch)
+    work.builder.inherit(module, work.parent, candidate.arch)
+    receipts: list[Receipt] = []
+    for op, rules in ordered(candidate.policy, work.ops, "structure"):
+        tensors: dict[str, Any] = {}
+        receipt = op.decide(module, rules, work.task, work.shape_profile, tensors)
+        module = op.enact(module, receipt, tensors)
+        receipts.append(receipt)
+    reestimate_batchnorm(module, work.task, BATCHNORM_BATCHES, pause=work.gate.step)
+    return Shaped(module, tuple(receipts))
+
+
+def reshape(builder: Builder, ops: Mapping[str, Op], arch: Arch, receipts: Sequence[Receipt]) -> nn.Module:
+    """The module that the receipts describe, with untrained weights: no data, no decision."""
+    module = builder.build(arch)
+    for receipt in receipts:
+        op = ops.get(receipt.op)
+        if op is None:
+            raise TrialFailure(f"receipt names op {receipt.op!r}, known are {', '.join(sorted(ops))}")
+        if op.phase == "structure":
+            module = op.enact(module, receipt)
+    return module
+
+
+def export_float(work: Work, module: nn.Module) -> exporting.Exported:
+    """Export and check against torch.
+
+    Raises:
+        TrialFailure: the exporter fails, or the file disagrees with torch.
+    """
+    exported = exporting.export(module, work.task.input, opset=work.opset, exporter=work.exporter)
+    inputs, _ = next(iter(work.task.batches("calibration", 16, limit=16)))
+    exporting.parity(module, exporting.compose(exported), inputs.numpy())
+    return exported
+
+
+def release(work: Work, module: nn.Module, policy: Policy, *, first_look: bool = False) -> dict[str, Release]:
+    """One file per variant: float export, parity, numeric ops decided and enacted, parts composed."""
+    exported = export_float(work, module)
+    task: Task = FirstLook(work.task) if first_look else work.task
+    releases: dict[str, Release] = {}
+    for variant, profile in work.variants.items():
+        parts, receipts = exported, []
+        for op, rules in ordered(policy, work.ops, "numeric"):
+            receipt = op.decide(parts, rules, task, profile)
+            parts = op.enact(parts, receipt)
+            receipts.append(receipt)
+        model = exporting.compose(parts)
+        releases[variant] = Release(model, exporting.graph_hash(model, weights=False), tuple(receipts))
+    return releases
+
+
+def rerelease(work: Work, module: nn.Module, receipts: Sequence[Receipt]) -> Release:
+    """The file that numeric receipts describe: nothing is decided."""
+    parts = export_float(work, module)
+    for receipt in receipts:
+        parts = work.ops[receipt.op].enact(parts, receipt)
+    model = exporting.compose(parts)
+    return Release(model, exporting.graph_hash(model, weights=False), tuple(receipts))
+
+
+def distillation(policy: Policy) -> tuple[float, float]:
+    """Weight and temperature of response distillation, (0, 1) where the policy has none."""
+    for rule in policy.of("distill"):
+        return float(rule.settings.get("weight", 0.0)), float(rule.settings.get("temperature", 1.0))
+    return 0.0, 1.0
+
+
+def training(work: Work, module: nn.Module, policy: Policy, seed: int) -> Training:
+    """Fine-tuning of a candidate, with the parent as teacher where the policy asks for distillation."""
+    weight, temperature = distillation(policy)
+    return Training(
+        module,
+        work.task,
+        epochs=work.epochs,
+        seed=seed,
+        teacher=work.parent if weight > 0 else None,
+        weight=weight,
+        temperature=temperature,
+        pause=work.gate.step,
+    )
+
+
+def qualities(work: Work, releases: Mapping[str, Release], split: str) -> dict[str, Quality]:
+    """Quality of the files on a split, by profile; each distinct file is run once."""
+    per_variant = {
+        variant: work.task.quality(exporting.predictor(release.model), split) for variant, release in releases.items()
+    }
+    return {profile.name: per_variant[profile.numeric.variant] for profile in work.profiles}
+
+
+def weights_of(module: nn.Module) -> bytes:
+    """The module's parameters and buffers as safetensors."""
+    return save_tensors({name: tensor.contiguous() for name, tensor in module.state_dict().items()})
+
+
+def load_weights(module: nn.Module, data: bytes) -> nn.Module:
+    """Fill a module from safetensors bytes; every name and shape must fit."""
+    module.load_state_dict(load_tensors(data))
+    return module.eval()
+
+
+def notes_of(receipts: Sequence[Receipt]) -> tuple[str, ...]:
+    """One line per rule that was not followed."""
+    return tuple(
+        f"{receipt.op} {entry.site}: skipped, {entry.why}"
+        for receipt in receipts
+        for entry in receipt.entries
+        if entry.status == "skipped"
+    )
+
+
+class Evaluator:
+    """Evaluates assignments one after another; lives in a worker process."""
+
+    def __init__(self, work: Work, budgets: Sequence[Budget], files: Files, measure: Measure) -> None:
+        self.work, self.budgets, self.files, self.measure = work, tuple(budgets), files, measure
+
+    def evaluate(self, assignment: Assignment) -> Iterator[tuple[State, Outcome]]:
+        """Yield (RUNG, outcome) after each rung but the last, then the end; closing the generator stops the trial."""
+        path = _Path(self, assignment)
+        torch.manual_seed(assignment.seed)
+        try:
+            yield from path.walk()
+        except TrialFailure as failure:
+            yield State.FAILED, path.outcome(reason=str(failure))
+
+
+class _Path:
+    """One assignment on its way."""
+
+    def __init__(self, evaluator: Evaluator, assignment: Assignment) -> None:
+        self.work, self.files = evaluator.work, evaluator.files
+        self.evaluator, self.assignment = evaluator, assignment
+        self.readings: dict[str, Reading] = {}
+        self.keys: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        self.facts: dict[str, Any] = {}
+
+    @contextmanager
+    def stage(self, name: str, *, working: bool = True) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            with self.work.gate.working() if working else nullcontext():
+                yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def outcome(self, *, reason: str = "", files: dict[str, str] | None = None) -> Outcome:
+        seconds = {name: round(value, 4) for name, value in self.seconds.items()}
+        return Outcome(readings=self.readings, seconds=seconds, reason=reason, files=files or {}, **self.facts)
+
+    def walk(self) -> Iterator[tuple[State, Outcome]]:
+        assignment, policy = self.assignment, self.assignment.candidate.policy
+        # A checkpoint may have been swept away; training is deterministic, so it is only time that is lost.
+        if assignment.checkpoint is None or not self.files.has(assignment.checkpoint):
+            with self.stage("structure"):
+                shaped = shape(self.work, assignment.candidate)
+            self.describe(shaped)
+            with self.stage("export"):
+                releases = release(self.work, shaped.module, policy, first_look=True)
+            self.time(releases)
+            firm = not any(reading.noisy for reading in self.readings.values())
+            if firm and over_every_budget(self.readings, self.evaluator.budgets):
+                yield State.INFEASIBLE, self.outcome(reason=self.too_slow())
+                return
+            trainer = training(self.work, shaped.module, policy, assignment.seed)
+        else:
+            with self.stage("structure"):
+                shaped, trainer = self.restore(assignment.checkpoint)
+            self.describe(shaped)
+        for index in range(assignment.start, len(assignment.rungs)):
+            fidelity = assignment.rungs[index]
+            with self.stage("train"):
+                trainer.run_to(fidelity)
+            with self.stage("export"):
+                releases = release(self.work, shaped.module, policy)
+            with self.stage("quality"):
+                self.facts["quality"] = qualities(self.work, releases, "selection")
+            self.facts["fidelity"] = fidelity
+            self.sizes(releases)
+            if index + 1 < len(assignment.rungs):
+                checkpoint = Checkpoint(
+                    receipts=shaped.receipts,
+                    readings=self.readings,
+                    keys=self.keys,
+                    training=self.files.put(trainer.state()),
+                )
+                yield (
+                    State.RUNG,
+                    self.outcome(files={"checkpoint": self.files.put(checkpoint.model_dump_json().encode())}),
+                )
+            else:
+                self.time(releases, final=True)
+                yield State.DONE, self.outcome(files=self.keep(shaped, releases))
+
+    def describe(self, shaped: Shaped) -> None:
+        example = torch.zeros(1, *self.work.task.input.shape)
+        macs, parameters = count(shaped.module, example)
+        self.facts |= {"macs": macs, "parameters": parameters, "notes": notes_of(shaped.receipts)}
+
+    def sizes(self, releases: Mapping[str, Release]) -> None:
+        self.facts["size_mb"] = {p.name: releases[p.numeric.variant].size_mb for p in self.work.profiles}
+
+    def time(self, releases: Mapping[str, Release], *, final: bool = False) -> None:
+        """Measure what has no firm reading for its graph yet; a noisy one is taken again at the end, then refused."""
+        self.sizes(releases)
+        for profile in self.work.profiles:
+            release_ = releases[profile.numeric.variant]
+            held = self.readings.get(profile.name)
+            if held is not None and not held.noisy and self.keys.get(profile.name) == release_.key:
+                continue
+            with self.stage("measure", working=False):
+                reading = self.evaluator.measure(profile.name, release_.model, release_.key)
+            if reading.noisy and final:
+                low, high = reading.ratio.low, reading.ratio.high
+                raise TrialFailure(f"{profile.name}: reading too noisy, ratio between {low:.3f} and {high:.3f}")
+            self.readings = {**self.readings, profile.name: reading}
+            self.keys[profile.name] = release_.key
+
+    def too_slow(self) -> str:
+        found = ", ".join(f"{name} {reading.ms.value:.3g} ms" for name, reading in self.readings.items())
+        return f"over every budget before training: {found}"
+
+    def restore(self, sha: str) -> tuple[Shaped, Training]:
+        checkpoint = Checkpoint.model_validate_json(self.files.get(sha))
+        candidate = self.assignment.candidate
+        module = reshape(self.work.builder, self.work.ops, candidate.arch, checkpoint.receipts)
+        trainer = training(self.work, module, candidate.policy, self.assignment.seed)
+        trainer.load(self.files.get(checkpoint.training))
+        self.readings, self.keys = dict(checkpoint.readings), dict(checkpoint.keys)
+        return Shaped(module, checkpoint.receipts), trainer
+
+    def keep(self, shaped: Shaped, releases: Mapping[str, Release]) -> dict[str, str]:
+        """What a finalist needs: its weights, its files, and the receipts that made them."""
+        files = {"weights": self.files.put(weights_of(shaped.module))}
+        for variant, item in releases.items():
+            files[f"model:{variant}"] = self.files.put(item.model)
+        receipts = {
+            "structure": [receipt.model_dump(mode="json") for receipt in shaped.receipts],
+            "numeric": {v: [r.model_dump(mode="json") for r in item.receipts] for v, item in releases.items()},
+        }
+        files["receipts"] = self.files.put(json.dumps(receipts, sort_keys=True).encode())
+        return files

@@ -1,0 +1,314 @@
+"""Re-apply a found policy: to reproduce its artifact, or to next week's checkpoint of the same network (floor F5)."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from autocompress import artifact, certify, export, registry
+from autocompress.artifact import Artifact
+from autocompress.devices.cores import plan_cores
+from autocompress.devices.station import Station
+from autocompress.finals import SESSIONS
+from autocompress.models import Builder
+from autocompress.models.trace import count
+from autocompress.parent import export_baseline, floor, load_parent
+from autocompress.parts import make_ops
+from autocompress.pipeline import (
+    Release,
+    Shaped,
+    Work,
+    load_weights,
+    qualities,
+    release,
+    rerelease,
+    reshape,
+    shape,
+    training,
+    weights_of,
+)
+from autocompress.tasks import Task
+from autocompress.types import (
+    Candidate,
+    Job,
+    LimitError,
+    Quality,
+    QualityLimit,
+    Record,
+    TrialFailure,
+    UserError,
+)
+
+TOLERANCE = 1e-2  # relative error of outputs that a file made by other library versions may have
+
+
+class Applied(Record):
+    """What `apply` did."""
+
+    folder: str  # of the new artifact; empty where none was asked for
+    reproduced: bool  # False: decided again on new weights
+    byte_equal: bool = False
+    error: float = 0.0  # largest relative difference of outputs to the artifact's file, where not byte-equal
+    quality: dict[str, Quality] = {}
+    drop: float | None = None
+    certificate: certify.Certificate | None = None
+
+    def __str__(self) -> str:
+        """For the terminal."""
+        where = f", written to {self.folder}" if self.folder else ""
+        if self.reproduced:
+            same = "byte for byte" if self.byte_equal else f"within a relative error of {self.error:.1e}"
+            return f"reproduced {same}{where}"
+        lines = [f"applied to the new weights{where}"]
+        if self.drop is not None:
+            lines.append(f"quality lost: {self.drop:+.4f} ({', '.join(_says(q) for q in _distinct(self.quality))})")
+        if self.certificate is not None:
+            for name, reading in self.certificate.readings.items():
+                lines.append(
+                    f"{name}: {reading.ms.value:.3f} ms, {reading.speedup:.2f}x the new baseline "
+                    f"({1 / reading.ratio.high:.2f} to {1 / reading.ratio.low:.2f})"
+                )
+        return "\n".join(lines)
+
+
+def _says(quality: Quality) -> str:
+    return f"{quality.metric} {quality.value.value:.4f} on {quality.split}"
+
+
+def _distinct(found: Mapping[str, Quality]) -> list[Quality]:
+    return list({q.value.value: q for q in found.values()}.values())
+
+
+def apply(
+    source: Path | str,
+    *,
+    weights: Path | str | None = None,
+    out: Path | str | None = None,
+    max_drop: float | None = None,
+    model: Builder | None = None,
+    task: Task | None = None,
+    trust: Sequence[str] = (),
+    say: Callable[[str], None] = lambda _: None,
+) -> Applied:
+    """Without `weights`, make the artifact's files again from its receipts and check that they are the same.
+
+    With `weights` (of the same unmodified network, retrained): decide again by the same ratios, bits and ranks,
+    fine-tune, export, measure, certify, and write the new artifact to `out`. The limits are the artifact's budgets and
+    its job's quality limit, or `max_drop` below the new weights' own quality on the selection split.
+
+    The artifact names its builder and task; they are taken from what is installed with autocompress or given as
+    `model` and `task`. Names of the form `module:attr` are imported only if their package is in `trust`.
+
+    Raises UserError for an artifact that is damaged, of another network or names unknown code; LimitError where a limit
+    does not hold, after everything was written.
+    """
+    read = artifact.read(Path(source))
+    made = _subject(read, model, task, trust)
+    if weights is None:
+        return _reproduce(read, made, None if out is None else Path(out))
+    if out is None:
+        raise UserError("--out is needed with --weights: where shall the new artifact go?")
+    return _renew(read, made, Path(weights), Path(out), max_drop, say)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    builder: Builder
+    task: Task
+
+
+def _subject(read: Artifact, model: Builder | None, task: Task | None, trust: Sequence[str]) -> _Subject:
+    def make(kind: registry.Kind, name: str) -> Any:
+        package = name.partition(":")[0].partition(".")[0]
+        return registry.make(kind, name, trusted=":" in name and package in trust)
+
+    builder = make("builder", read.manifest.builder) if model is None else model
+    artifact.check_policy(read.policy, builder.sites())
+    return _Subject(builder, make("task", read.manifest.task) if task is None else task)
+
+
+def _work(read: Artifact, made: _Subject, parent: nn.Module) -> Work:
+    policy = read.policy
+    names = [rule.op for rule in policy.policy.rules]
+    names += [receipt.op for receipts in (policy.receipts, *policy.numeric.values()) for receipt in receipts]
+    manifest = read.manifest
+    if manifest.exporter not in ("torchscript", "dynamo"):
+        raise UserError(f"{read.folder}: unknown exporter {manifest.exporter!r}")
+    return Work(
+        builder=made.builder,
+        task=made.task,
+        ops=make_ops(tuple(dict.fromkeys(names))),
+        parent=parent,
+        profiles=manifest.profiles,
+        epochs=manifest.epochs or 1.0,
+        exporter=manifest.exporter,
+    )
+
+
+def _reproduce(read: Artifact, made: _Subject, out: Path | None) -> Applied:
+    work = _work(read, made, nn.Identity())
+    policy, manifest = read.policy, read.manifest
+    try:
+        module = reshape(work.builder, work.ops, policy.arch, policy.receipts)
+    except TrialFailure as failure:
+        raise UserError(f"{read.folder}: {failure}") from failure
+    stored = save_tensors(read.weights())
+    try:
+        load_weights(module, stored)
+    except RuntimeError as error:
+        raise UserError(
+            f"{read.folder}: weights do not fit the policy: {' '.join(str(error).split())[:200]}"
+        ) from error
+    files: dict[str, bytes] = {}
+    equal, error = True, 0.0
+    for variant, receipts in policy.numeric.items():
+        profile = next((p for p in work.profiles if p.numeric.variant == variant), None)
+        if profile is None:
+            raise UserError(f"{read.folder}: no profile of the manifest uses variant {variant!r}")
+        name = manifest.models[profile.name]
+        files[name] = rerelease(work, module, receipts).model
+        shipped = (read.folder / name).read_bytes()
+        if files[name] != shipped:
+            equal = False
+            error = max(error, _difference(made.task, shipped, files[name]))
+    if error > TOLERANCE:
+        raise LimitError(
+            f"{read.folder}: the file made again differs by a relative error of {error:.2g} (at most {TOLERANCE})"
+        )
+    if out is not None:
+        artifact.write(
+            out,
+            model=files[artifact.MODEL],
+            variants={name: data for name, data in files.items() if name != artifact.MODEL},
+            weights=stored,
+            policy=policy,
+            manifest=manifest.model_copy(update={"versions": artifact.versions()}),
+        )
+    return Applied(folder=str(out or ""), reproduced=True, byte_equal=equal, error=error)
+
+
+def _difference(task: Task, shipped: bytes, made: bytes) -> float:
+    """Largest relative difference of two files' outputs on calibration data."""
+    inputs = next(iter(task.batches("calibration", 64, limit=64)))[0].numpy()
+    one, two = export.predictor(shipped)(inputs), export.predictor(made)(inputs)
+    return float(np.abs(one - two).max() / max(float(np.abs(one).max()), 1e-12))
+
+
+def _renew(
+    read: Artifact, made: _Subject, weights: Path, out: Path, max_drop: float | None, say: Callable[[str], None]
+) -> Applied:
+    policy, manifest = read.policy, read.manifest
+    parent = load_parent(made.builder.build({}), weights)
+    work = _work(read, made, parent)
+    candidate = Candidate(arch=policy.arch, policy=policy.policy)
+    torch.manual_seed(manifest.seed)
+    try:
+        say("deciding again on the new weights")
+        shaped = shape(work, candidate)
+        say(f"fine-tuning for {work.epochs:g} epochs")
+        training(work, shaped.module, candidate.policy, manifest.seed).run_to(1.0)
+        releases = release(work, shaped.module, candidate.policy)
+        say("measuring")
+        with tempfile.TemporaryDirectory() as folder:
+            before, proof = _judge(work, read, releases, Path(folder), max_drop)
+    except TrialFailure as failure:
+        raise LimitError(f"{read.folder}: {failure}") from failure
+    _write(out, work, read, shaped, releases, before, proof)
+    lost = [before.selection.value.value - q.value.value for q in proof.quality.values()] if before.selection else []
+    applied = Applied(
+        folder=str(out), reproduced=False, quality=proof.quality, drop=max(lost, default=None), certificate=proof
+    )
+    if not proof.certified:
+        raise LimitError(f"{applied}\na limit does not hold: {proof.reason}")
+    return applied
+
+
+def _judge(
+    work: Work, read: Artifact, releases: Mapping[str, Release], folder: Path, max_drop: float | None
+) -> tuple[artifact.BaselineFigures, certify.Certificate]:
+    """Measure the new files alone, beside the new weights' own baseline, and hold them against the limits."""
+    key = export_baseline(work, folder)
+    path = folder / "model.onnx"
+    predict = export.predictor(path.read_bytes())
+    selection = work.task.quality(predict, "selection")
+    goal = read.manifest.goal
+    variant = {profile.name: profile.numeric.variant for profile in work.profiles}
+    station = Station(work.profiles, plan_cores(work.profiles), path, baseline_key=key)
+    try:
+        proof = certify.certify(
+            lambda profile: station.session(profile, releases[variant[profile]].model),
+            goal,
+            quality=qualities(work, releases, "selection"),
+            size_mb={name: releases[one].size_mb for name, one in variant.items()},
+            limit=floor(_asked(read, max_drop), selection.value.value),
+            sessions=SESSIONS,
+        )
+        readings = {profile.name: station.measure(profile.name, path, key) for profile in work.profiles}
+    finally:
+        station.close()
+    macs, parameters = count(work.parent, torch.zeros(1, *work.task.input.shape))
+    before = artifact.BaselineFigures(
+        selection=selection,
+        test=work.task.quality(predict, "test"),
+        readings=readings,
+        size_mb=path.stat().st_size / 1e6,
+        macs=macs,
+        parameters=parameters,
+    )
+    return before, proof
+
+
+def _asked(read: Artifact, max_drop: float | None) -> QualityLimit:
+    if max_drop is not None:
+        return QualityLimit(max_drop=max_drop)
+    try:
+        return Job.model_validate(read.manifest.job).quality
+    except ValueError as error:
+        raise UserError(
+            f"{read.folder}: the manifest holds no job to take the quality limit from; give --max-drop"
+        ) from error
+
+
+def _write(
+    out: Path,
+    work: Work,
+    read: Artifact,
+    shaped: Shaped,
+    releases: Mapping[str, Release],
+    before: artifact.BaselineFigures,
+    proof: certify.Certificate,
+) -> None:
+    old = read.manifest
+    macs, parameters = count(shaped.module, torch.zeros(1, *work.task.input.shape))
+    variant = {profile.name: profile.numeric.variant for profile in work.profiles}
+    names = {variant[profile]: name for profile, name in old.models.items()}
+    artifact.write(
+        out,
+        model=releases[next(v for v, name in names.items() if name == artifact.MODEL)].model,
+        variants={name: releases[v].model for v, name in names.items() if name != artifact.MODEL},
+        weights=weights_of(shaped.module),
+        policy=read.policy.model_copy(
+            update={"receipts": shaped.receipts, "numeric": {v: releases[v].receipts for v in names}}
+        ),
+        manifest=old.model_copy(
+            update={
+                "certificate": proof,
+                "selection": proof.quality,
+                "test": qualities(work, releases, "test"),
+                "size_mb": proof.size_mb,
+                "macs": macs,
+                "parameters": parameters,
+                "baseline": before,
+                "versions": artifact.versions(),
+                "fingerprints": {},
+            }
+        ),
+    )

@@ -1,0 +1,456 @@
+"""One search from job to report: parent, baseline, trials, finals (floor F5)."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from autocompress import live, pareto, ray_tune, report, summary
+from autocompress.artifact import versions
+from autocompress.controller import Controller, Header, header, run_serial
+from autocompress.devices.cores import CorePlan, plan_cores
+from autocompress.devices.gate import Gate
+from autocompress.devices.station import Station
+from autocompress.finals import FINALISTS, Finals
+from autocompress.journal import Event, Journal
+from autocompress.models import Builder
+from autocompress.parent import (
+    WEIGHTS,
+    Baseline,
+    export_baseline,
+    make_parent,
+    measure_baseline,
+)
+from autocompress.parts import Parts, make_ops, make_searcher, parts
+from autocompress.pipeline import Checkpoint, Evaluator, Files, Measure, OpenGate, Work, load_weights
+from autocompress.pipeline import Gate as WorkGate
+from autocompress.store import Store, make_folder, write_atomic
+from autocompress.summary import Arm, Finding, Summary
+from autocompress.tasks import Task
+from autocompress.types import (
+    Budget,
+    Cost,
+    Fidelity,
+    Goal,
+    Job,
+    Limit,
+    ModelSource,
+    Outcome,
+    QualityLimit,
+    SearchPlan,
+    Space,
+    State,
+    Trial,
+    UserError,
+)
+
+EXPORTER = "torchscript"  # one exporter per run: the two give different graphs and names
+
+
+@dataclass(frozen=True)
+class MakeEvaluator:
+    """Builds a worker's evaluator in its process: everything here travels by pickle, the weights through the store."""
+
+    parts: Parts
+    parent: str  # sha256 of the parent's weights
+    quiet: bool
+    threads: int = 1
+
+    def __call__(self, files: Files, measure: Measure) -> Evaluator:
+        """Called once per worker process."""
+        torch.set_num_threads(self.threads)
+        parent = load_weights(self.parts.builder.build({}), files.get(self.parent))
+        gate: WorkGate = Gate() if self.quiet else OpenGate()
+        return Evaluator(make_work(self.parts, parent, gate), self.parts.budgets, files, measure)
+
+
+def make_work(parts: Parts, parent: nn.Module, gate: WorkGate | None = None) -> Work:
+    """What evaluating needs, from a job's parts and the trained parent."""
+    return Work(
+        builder=parts.builder,
+        task=parts.task,
+        ops=make_ops(parts.op_names),
+        parent=parent,
+        profiles=parts.profiles,
+        epochs=parts.job.search.fidelity.full_epochs,
+        exporter=EXPORTER,
+        gate=gate or OpenGate(),
+    )
+
+
+def run(
+    job: Job,
+    *,
+    task: Task | None = None,
+    builder: Builder | None = None,
+    space: Space | None = None,
+    address: str | None = None,
+    serial: bool = False,
+    console: Console | None = None,
+) -> Summary:
+    """Run a job that has not begun; objects given take the place of its names.
+
+    Writes the journal, baseline, best models, summary and report into the job's `out`. Raises UserError for what the
+    user can mend, among it an `out` that holds a run.
+    """
+    out = Path(job.out)
+    made = parts(job, task=task, builder=builder, space=space)
+    if (out / "journal.jsonl").exists():
+        raise UserError(f"{out} holds another run: `autocompress resume {out}`, or choose another folder by --out")
+    make_folder(out, "choose another folder by --out")
+    write_atomic(out / "job.json", job.model_dump_json(indent=1).encode())
+    return _Run(made, out, address, serial, console or Console()).go()
+
+
+def resume(
+    out: Path | str,
+    *,
+    task: Task | None = None,
+    builder: Builder | None = None,
+    space: Space | None = None,
+    trials: int | None = None,
+    minutes: float | None = None,
+    address: str | None = None,
+    serial: bool = False,
+    console: Console | None = None,
+) -> Summary:
+    """Go on with an interrupted search; `trials` and `minutes` replace what it may cost.
+
+    Nothing the journal holds is lost or done twice. Raises UserError where there is no run, or another process has it.
+    """
+    out = Path(out)
+    path = out / "job.json"
+    if not path.is_file():
+        raise UserError(f"{out} holds no run: start one with `autocompress search JOB --out {out}`")
+    try:
+        job = Job.model_validate_json(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not a job of this version ({str(error).splitlines()[0]})") from error
+    job = job.model_copy(update={"out": str(out)})
+    made = parts(job, task=task, builder=builder, space=space)
+    spent = {name: value for name, value in (("trials", trials), ("minutes", minutes)) if value is not None}
+    if not (out / "journal.jsonl").is_file():  # it was killed before the first trial
+        plan = job.search.model_copy(update={"cost": job.search.cost.model_copy(update=spent)})
+        made = parts(job.model_copy(update={"search": plan}), task=made.task, builder=made.builder, space=made.space)
+    return _Run(made, out, address, serial, console or Console(), spent).go()
+
+
+def search(
+    model: Builder | str,
+    task: Task | str,
+    *,
+    devices: Sequence[Budget | Mapping[str, Any]],
+    space: Space | str = "convnet",
+    weights: str | Path | None = None,
+    quality: QualityLimit | Mapping[str, Any] | None = None,
+    searcher: str = "evolution",
+    seed: int = 0,
+    trials: int = 100,
+    minutes: float = 60.0,
+    fidelity: Fidelity | Mapping[str, Any] | None = None,
+    out: str | Path = "runs/search",
+    address: str | None = None,
+    serial: bool = False,
+    workers: int | None = None,
+    console: Console | None = None,
+) -> Summary:
+    """The whole search in Python, with objects or names for model (a builder), task and space.
+
+        autocompress.search("convnet", "digits", devices=[{"profile": "local-1t", "speedup": 3}], out="runs/mine")
+
+    Budgets, quality and fidelity are the records of a job file or mappings of their fields.
+    """
+    job = Job(
+        task=task if isinstance(task, str) else _named(task),
+        model=ModelSource(
+            builder=model if isinstance(model, str) else _named(model),
+            weights=None if weights is None else str(Path(weights).resolve()),
+        ),
+        space=space if isinstance(space, str) else space.name,
+        devices=tuple(one if isinstance(one, Budget) else Budget.model_validate(dict(one)) for one in devices),
+        quality=QualityLimit(max_drop=0.01) if quality is None else QualityLimit.model_validate(_plain(quality)),
+        search=SearchPlan(
+            searcher=searcher,
+            seed=seed,
+            fidelity=Fidelity() if fidelity is None else Fidelity.model_validate(_plain(fidelity)),
+            cost=Cost(trials=trials, minutes=minutes),
+            workers=workers,
+        ),
+        out=str(out),
+    )
+    return run(
+        job,
+        task=None if isinstance(task, str) else task,
+        builder=None if isinstance(model, str) else model,
+        space=None if isinstance(space, str) else space,
+        address=address,
+        serial=serial,
+        console=console,
+    )
+
+
+def _plain(record: Any) -> dict[str, Any]:
+    return record.model_dump() if hasattr(record, "model_dump") else dict(record)
+
+
+def _named(thing: object) -> str:
+    """How the journal names an object that was passed in."""
+    kind = type(thing)
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+@dataclass
+class _Run:
+    """A run on its way; `go` is the order of things."""
+
+    parts: Parts
+    out: Path
+    address: str | None
+    serial: bool
+    console: Console
+    spent: Mapping[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def go(self) -> Summary:
+        progress = live.Progress(
+            goals=self.parts.goals,
+            limit=Limit(metric=self.parts.job.quality.metric, floor=0.0),
+            plan=self.parts.job.search,
+            space=self.parts.space,
+            title=f"{self.parts.job.task} · {self.parts.job.model.builder} · {self.parts.job.search.searcher}",
+        )
+        self.live = live.Live(progress, self.console)
+        with self.live:
+            found, report_path = self.inside()
+        live.show_result(self.console, found, self.out, report_path)
+        return found
+
+    def inside(self) -> tuple[Summary, Path]:
+        plan = plan_cores(self.parts.profiles)
+        begun = (self.out / "journal.jsonl").is_file()
+        journal = Journal.open(self.out / "journal.jsonl") if begun else None
+        try:
+            with self.stage("parent"):
+                parent = make_parent(self.parts, self.out / "baseline", self.live.stage)
+            store = Store(self.out / "work")
+            sha = store.put((self.out / "baseline" / WEIGHTS).read_bytes())
+            # From here on driver, trainers and everything they start leave the station's cores alone.
+            ray_tune.pin(plan.trainers)
+            torch.set_num_threads(max(1, len(plan.trainers) or (os.cpu_count() or 1)))
+            work = make_work(self.parts, parent)
+            self.live.stage("exporting the baseline")
+            key = export_baseline(work, self.out / "baseline")
+            path = self.out / "baseline" / "model.onnx"
+            station = functools.partial(Station, self.parts.profiles, plan, path, baseline_key=key)
+            mine = station()
+            try:
+                with self.stage("baseline"):
+                    baseline, journal = self.begin(journal, work, mine, key)
+                controller = self.controller(journal, baseline, begun)
+                with self.stage("search"):
+                    self.execute(controller, store, MakeEvaluator(self.parts, sha, plan.quiet), mine, station, plan)
+                return self.finish(controller, baseline, work, mine, store)
+            finally:
+                mine.close()
+        finally:
+            if journal is not None:
+                journal.close()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.perf_counter() - started
+
+    def begin(self, journal: Journal | None, work: Work, station: Station, key: str) -> tuple[Baseline, Journal]:
+        """The baseline and the journal: measured and created, or as the journal has them."""
+        if journal is None:
+            self.live.stage("measuring the baseline")
+            baseline = measure_baseline(self.parts, work, station, self.out / "baseline", key)
+            first = Header(
+                space=self.parts.space,
+                goals=self.parts.goals,
+                limit=baseline.limit,
+                plan=self.parts.job.search,
+                facts=baseline.facts,
+                more={"job": self.parts.job.model_dump(mode="json"), "exporter": EXPORTER},
+            )
+            return baseline, Journal.create(self.out / "journal.jsonl", first.event())
+        known = header(journal)
+        self.check_same(known)
+        control = next((e for e in journal.events() if e["number"] == 0 and e["state"] == State.DONE.value), None)
+        outcome = Outcome.model_validate(control["outcome"]) if control else Outcome(readings=known.facts.baseline)
+        return Baseline(known.facts, known.limit, outcome, key), journal
+
+    def check_same(self, known: Header) -> None:
+        """A resumed run must be of the same network; another host is said, since its readings do not compare."""
+        if known.space != self.parts.space:
+            raise UserError(f"{self.out}: the space is no longer the one this run began with; start a new run")
+        here, now = known.facts.versions, versions()
+        changed = [f"{name} {here[name]} -> {now[name]}" for name in here if name in now and here[name] != now[name]]
+        if changed:
+            self.live.note(f"since this run began versions have changed: {', '.join(changed)}")
+
+    def controller(self, journal: Journal, baseline: Baseline, begun: bool) -> Controller:
+        if begun:
+            plan = header(journal).plan
+            cost = plan.cost.model_copy(update=dict(self.spent)) if self.spent else None
+            controller = Controller.resume(journal, make_searcher, cost=cost)
+        else:
+            controller = Controller.begin(journal, make_searcher)
+        controller.control(baseline.outcome)
+        progress = self.live.progress
+        progress.limit, progress.already = baseline.limit, controller.elapsed
+        self.live.facts(baseline.facts)
+        for trial in controller.trials:
+            progress.see(trial, self.live.now())
+        progress.began = None
+        for note in controller.notes:
+            self.live.note(note)
+        return controller
+
+    def execute(
+        self,
+        controller: Controller,
+        store: Store,
+        make: MakeEvaluator,
+        mine: Station,
+        station: Callable[[], Station],
+        plan: CorePlan,
+    ) -> None:
+        """Run the trials, on Ray or one after another in this process."""
+        self.live.note(plan.why) if plan.quiet else None
+        self.live.stage("")
+        if controller.finished:
+            return
+        if self.serial:
+            run_serial(controller, make(store, mine.measure), self.hear(controller), keep=store.put)
+            return
+        self.live.stage("starting Ray")
+        session = ray_tune.Session(
+            workers=self.parts.job.search.workers,
+            address=self.address,
+            env={"OMP_NUM_THREADS": "1"},
+            store_root=store.root,
+            trainer_cores=plan.trainers,
+        )
+        with session:
+            far = session.station(station)
+            self.live.stage("")
+            session.run(controller, functools.partial(make, session.files, far.measure), self.hear(controller))
+            if controller.stopped:
+                self.live.stage("stopping: what is in flight runs again on resume; writing what was found")
+
+    def hear(self, controller: Controller) -> Callable[[Event], None]:
+        """Journal events, folded into trials for the live view."""
+        known = {trial.number: trial for trial in controller.trials}
+
+        def on_event(event: Event) -> None:
+            trial = fold(known, event)
+            if trial is not None:
+                self.live.event(trial)
+
+        return on_event
+
+    def finish(
+        self, controller: Controller, baseline: Baseline, work: Work, station: Station, store: Store
+    ) -> tuple[Summary, Path]:
+        """Certify, test, write. A second Ctrl-C leaves out what is not certified yet."""
+        trials = controller.trials
+        finals = Finals(self.parts, work, baseline, station, store, self.out, EXPORTER)
+        findings: list[Finding] = []
+        arms: list[Arm] = []
+        state: summary.RunState = "interrupted" if controller.stopped else "finished"
+        test = None
+        try:
+            with self.stage("certify"):
+                for goal in self.parts.goals:
+                    self.live.stage(f"certifying finalists for {goal.name}")
+                    found = finals.decide(trials, goal, goal.name)
+                    findings += [found] if found is not None else []
+            with self.stage("arms"):
+                self.live.stage("control arms and the test split")
+                test = finals.baseline_test()
+                arms.append(finals.int8_arm())
+        except KeyboardInterrupt:
+            state = "interrupted"
+        found_ = summary.build(
+            state=state,
+            space_=self.parts.space,
+            goals=self.parts.goals,
+            limit=baseline.limit,
+            facts=baseline.facts,
+            trials=trials,
+            findings=findings,
+            arms=arms,
+            baseline_test=test,
+            searcher=self.parts.job.search.searcher,
+            seed=self.parts.job.search.seed,
+            minutes=controller.elapsed / 60,
+            seconds={name: round(value, 3) for name, value in self.seconds.items() if name != "search"},
+            job=self.parts.job.model_dump(mode="json"),
+        )
+        table = summary.front_csv(self.parts.space, self.parts.goals, baseline.limit, baseline.facts, trials)
+        summary.write(self.out, found_, table)
+        self.live.stage("writing the report")
+        where = report.write(self.out)
+        if state == "finished":
+            sweep(store, trials, self.parts.goals, baseline.limit)
+        return found_, where
+
+
+def fold(known: dict[int, Trial], event: Event) -> Trial | None:
+    """One journal event upon what is known of its trial; None for events of the run itself."""
+    number, state = event["number"], event["state"]
+    if state not in set(State):
+        return None
+    old = known.get(number)
+    genotype = tuple(event["genotype"]) if "genotype" in event else old.genotype if old else ()
+    outcome = Outcome.model_validate(event["outcome"]) if "outcome" in event else old.outcome if old else Outcome()
+    known[number] = Trial(
+        number=number,
+        genotype=genotype,
+        state=State(state),
+        attempt=event.get("attempt", 1),
+        rung=event.get("rung", -1),
+        outcome=outcome,
+    )
+    return known[number]
+
+
+def sweep(store: Store, trials: Sequence[Trial], goals: Sequence[Goal], limit: Limit) -> None:
+    """Drop what a finished search no longer needs: files of trials that are neither on a front nor waiting.
+
+    Logs of failures stay, and checkpoints of stopped trials, which a longer search may promote.
+    """
+    fronts = {trial.number for goal in goals for trial in pareto.front(trials, goal, limit)}
+    fronts |= {trial.number for goal in goals for trial in pareto.best(trials, goal, limit, FINALISTS)}
+    needed: set[str] = set()
+    for trial in trials:
+        if trial.state is not State.DONE or trial.number in fronts:
+            needed |= set(trial.outcome.files.values())
+    needed |= {inner for sha in list(needed) for inner in _inside(store, sha)}
+    store.keep_only(needed)
+
+
+def _inside(store: Store, sha: str) -> list[str]:
+    """A checkpoint names a further file."""
+    path = store.path(sha)
+    if not path.is_file() or path.stat().st_size > 1_000_000:
+        return []
+    try:
+        return [Checkpoint.model_validate_json(path.read_bytes()).training]
+    except ValueError:
+        return []
