@@ -68,7 +68,7 @@ def _event(line: bytes, at: int, path: Path) -> Event:
             f"{path}, line {at}: not a line of a journal ({_short(error)}); restore the file from a copy, or cut it "
             f"before this line (`head -n {at - 1}`) to resume from there"
         ) from error
-    found = cast(Event, event) if isinstance(event, dict) else {}
+    found = cast("Event", event) if isinstance(event, dict) else {}
     number = found.get("number")
     if type(number) is not int or number < 0 or not isinstance(found.get("state"), str):
         raise UserError(
