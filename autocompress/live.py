@@ -99,9 +99,9 @@ class Progress:
 
 def view(progress: Progress, now: float, width: int) -> RenderableType:
     """The whole picture for a terminal of `width` columns."""
-    parts: list[RenderableType] = [_header(progress, now), Text()]
+    parts: list[RenderableType] = [_header(progress, now, width), Text()]
     goals = _goals(progress)
-    if width >= 100 and (plot := _plot(progress, 38, 7)) is not None:
+    if width >= 112 and (plot := _plot(progress, 38, 7)) is not None:
         side = Table.grid(Column(ratio=1), Column(width=42), expand=True, padding=(0, 1))
         side.add_row(goals, plot)
         parts.append(side)
@@ -110,7 +110,7 @@ def view(progress: Progress, now: float, width: int) -> RenderableType:
     if progress.last:
         parts += [Text(), _recent(progress, now, width)]
     failed = Counter(
-        trial.outcome.reason.split(":")[0][:60] for trial in progress.searched if trial.state is State.FAILED
+        _one_line(trial.outcome.reason.split(":")[0][:60]) for trial in progress.searched if trial.state is State.FAILED
     )
     if failed:
         words = " · ".join(f"{reason} {TIMES}{count}" for reason, count in failed.most_common(3))
@@ -119,7 +119,7 @@ def view(progress: Progress, now: float, width: int) -> RenderableType:
     return Panel(Group(*parts), title=title, title_align="left", border_style="dim", padding=(1, 2), box=box.ROUNDED)
 
 
-def _header(progress: Progress, now: float) -> RenderableType:
+def _header(progress: Progress, now: float, width: int) -> RenderableType:
     cost = progress.plan.cost
     counted = Counter(trial.state for trial in progress.searched)
     running = counted[State.RUNNING] + counted[State.RUNG]
@@ -132,8 +132,9 @@ def _header(progress: Progress, now: float) -> RenderableType:
         ]
     )
     bar = Text()
-    filled = round(progress.share(now) * 24)
-    bar.append("━" * filled, style="green").append("━" * (24 - filled), style="bright_black")
+    cells = 24 if width >= 80 else 6
+    filled = round(progress.share(now) * cells)
+    bar.append("━" * filled, style="green").append("━" * (cells - filled), style="bright_black")
     left = progress.left(now)
     first = Table.grid(Column(), Column(ratio=1), Column(justify="right"), expand=True, padding=(0, 2, 0, 0))
     spent = f"{clock(progress.elapsed(now))} of {clock(cost.minutes * 60)}"
@@ -214,7 +215,7 @@ def _recent(progress: Progress, now: float, width: int) -> RenderableType:
             _speed(trial),
             _quality(trial),
             "" if seconds is None else f"{seconds:.1f} s",
-            Text(about if width >= 70 else "", style="red dim" if trial.state is State.FAILED else "dim"),
+            Text(_one_line(about) if width >= 70 else "", style="red dim" if trial.state is State.FAILED else "dim"),
         )
     return table
 

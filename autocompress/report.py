@@ -151,7 +151,7 @@ def render(out: Path) -> str:
     written = summary.read(out)
     searched = [trial for trial in run.trials if trial.number > 0]
     # A resumed run may have outgrown the summary of its interruption.
-    stale = written is not None and written.counts != summary.counts(searched)
+    stale = written is not None and _ends(written.counts) != _ends(summary.counts(searched))
     found = written if written is not None and not stale else provisional(run)
     winners = [*found.winners.values(), *found.closest.values()]
     base = summary.parent_arch(run.space)
@@ -183,6 +183,11 @@ def render(out: Path) -> str:
         job=yaml.safe_dump(_plain(run.job), sort_keys=False, allow_unicode=True, width=100) if run.job else "",
         out=str(run.job.get("out") or out.name),
     )
+
+
+def _ends(counts: Mapping[str, int]) -> dict[str, int]:
+    """Ended trials by state: those in flight at an interruption do not make its summary old."""
+    return {state.value: counts.get(state.value, 0) for state in State if state.ended}
 
 
 def _panels(run: Run, found: Summary, winners: Sequence[Winner], words: Mapping[int, str]) -> list[charts.Panel]:
