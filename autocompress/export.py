@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from onnx import compose as onnx_compose
 from onnx import version_converter
 from torch import nn
+from torch.jit._trace import TracerWarning
 
 from autocompress.graph import graph_hash, open_session, opset_of, rename, replace, settle, strip
 from autocompress.tasks import InputSpec, Predict
@@ -45,7 +46,7 @@ class Part:
     """One ONNX file: `nodes` maps every site that has weights here (and what contains it) to its weighted nodes."""
 
     name: str
-    model: bytes
+    model: bytes = field(repr=False)
     nodes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -77,7 +78,7 @@ def export(module: nn.Module, spec: InputSpec, *, opset: int, exporter: Exporter
             warnings.filterwarnings("ignore", "You are using the legacy TorchScript-based", DeprecationWarning)
             warnings.filterwarnings("ignore", "The feature will be removed. Please", DeprecationWarning)
             # traced control flow is judged by parity at another batch size, not by its form
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            warnings.simplefilter("ignore", TracerWarning)
             # torch 2.13's dynamo exporter calls what its own pytree deprecates
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             write = _with_torchscript if exporter == "torchscript" else _with_dynamo
