@@ -18,6 +18,7 @@ from autocompress.searchers.fresh import Taken, numbered
 from autocompress.types import Facts, Genotype, Goal, Limit, Proposal, Space, Trial, UserError
 
 SAMPLERS = ("tpe", "nsga2")
+REPEATS = 10
 NEEDS = "searcher 'optuna' needs Optuna 5 or newer: pip install 'autocompress[optuna]' 'optuna>=5'"
 
 
@@ -56,25 +57,37 @@ class Optuna:
         self.taken = Taken(space)
         self.asked: dict[int, tuple[int, Any]] = {}  # number -> goal and Optuna's running trial
         self.trials: dict[int, Trial] = {-1 - i: trial for i, trial in enumerate(facts.warm)}
+        self.results = {sp.canonical(space, trial.genotype): trial for trial in facts.warm}
         self.turn = 0
         self.studies = self._studies()
 
     def ask(self, number: int, pending: Sequence[Trial]) -> Proposal | None:
-        """What the sampler suggests, moved to a neighbour if that is taken; None when the space is exhausted."""
+        """What the sampler suggests; None when the space is exhausted.
+
+        Samplers repeat themselves: a repetition is answered at once with what is known and costs no evaluation; after
+        some of these a neighbour of the last is asked for.
+        """
         self.taken.add(pending)
         goal = self.turn % len(self.goals)
         self.turn += 1
         study = self.studies[goal]
         # Random numbers come from (seed, number), so the sampler of this ask is a new one.
         study.sampler = self._sampler(crc32(f"{self.seed}:{number}".encode()))
-        running = study.ask()
-        suggested = self._walk(running)
-        rng = numbered(self.seed, number)
-        found = self.taken.fresh(lambda: suggested, rng, tries=1)
-        if found == suggested:
-            self.asked[number] = (goal, running)
-        else:
-            study.tell(running, state=self.optuna.trial.TrialState.FAIL)
+        suggested = sp.parent(self.space)
+        for _ in range(REPEATS):
+            running = study.ask()
+            suggested = self._walk(running)
+            if suggested not in self.taken.genotypes:
+                self.taken.genotypes.add(suggested)
+                self.asked[number] = (goal, running)
+                return Proposal(genotype=suggested)
+            known = self.results.get(suggested)
+            if known is None:  # still running
+                study.tell(running, state=self.optuna.trial.TrialState.FAIL)
+            else:
+                self._add(study, self.goals[goal], known, running)
+        repeated = suggested
+        found = self.taken.fresh(lambda: repeated, numbered(self.seed, number), tries=1)
         return None if found is None else Proposal(genotype=found)
 
     def tell(self, trial: Trial) -> None:
@@ -82,6 +95,7 @@ class Optuna:
         self.taken.add([trial])
         again = trial.number in self.trials
         self.trials[trial.number] = trial
+        self.results[sp.canonical(self.space, trial.genotype)] = trial
         if again:
             self.asked = {}
             self.studies = self._studies()

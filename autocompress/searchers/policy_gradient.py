@@ -92,11 +92,11 @@ class PolicyGradient:
         design: int = 20,
         hidden: int = 32,
         rate: float = 0.02,
-        steps: int = 3,
+        steps: int = 2,
         batch: int = 24,
         entropy: float = 0.02,
-        decay: float = 60.0,
-        elite: float = 0.15,
+        decay: float = 120.0,
+        elite: float = 0.1,
         memory: int = 400,
     ) -> None:
         if min(design, hidden, steps, batch, memory) < 1 or rate <= 0 or decay <= 0 or entropy < 0:
