@@ -6,6 +6,7 @@ attempt, with `why`: new, promoted, resumed or retry), `rung` (it went on), and 
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
@@ -331,7 +332,7 @@ class Controller:
         for line, event in enumerate(self.journal.events()[1:], start=2):
             try:
                 trial, asked = self._step(event)
-            except (KeyError, ValueError, TypeError, UserError) as error:
+            except (KeyError, ValueError, TypeError, OverflowError, UserError) as error:
                 what = str(error).splitlines()[0]
                 raise UserError(
                     f"{self.journal.path}, line {line}: does not follow from the lines before it ({what}); "
@@ -361,7 +362,10 @@ class Controller:
     def _step(self, event: Event) -> tuple[Trial | None, tuple[int, tuple[Trial, ...]] | None]:
         """Follow one event: the trial to tell, if one ended, and (number, pending) if the searcher was asked."""
         number, state = int(event["number"]), str(event["state"])
-        self._before = max(self._before, float(event.get("at", 0.0)))
+        at = float(event["at"])
+        if not 0.0 <= at < math.inf:
+            raise ValueError("`at` is no time")
+        self._before = max(self._before, at)
         if state == COST:
             self.cost = Cost.model_validate(event["cost"])
             return None, None
@@ -375,7 +379,11 @@ class Controller:
         trial = self._in_flight(number).model_copy(
             update={"state": State(state), "rung": int(event["rung"]), "outcome": outcome}
         )
+        if not -1 <= trial.rung < len(self.plan.fidelity.rungs):
+            raise ValueError(f"there is no rung {trial.rung}")
         if trial.state in (State.RUNG, State.STOPPED):
+            if trial.rung != self._trials[number].rung + 1:
+                raise ValueError(f"rung {trial.rung} after rung {self._trials[number].rung}")
             self._ladder.reach(number, trial.rung, outcome)
         if trial.state is State.RUNG:
             self._trials[number] = trial

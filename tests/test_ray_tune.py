@@ -323,23 +323,26 @@ print("stopped", controller.stopped, len(controller.trials))
 """
 
 
-def _drive(path: Path, events: int) -> subprocess.Popen[str]:
+def _drive(path: Path) -> subprocess.Popen[str]:
     code = DRIVER.format(tests=str(Path(__file__).parent))
-    child = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def _wait_for(events: int, path: Path, child: subprocess.Popen[str]) -> None:
     give_up = time.monotonic() + 60
     while not path.exists() or path.read_bytes().count(b"\n") < events:
         if child.poll() is not None or time.monotonic() > give_up:
             child.kill()
             pytest.fail(f"the driver did not get going: {child.communicate()}")
         time.sleep(0.02)
-    return child
 
 
 def test_kill_the_driver_and_resume(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
-    child = _drive(path, 30)
+    child = _drive(path)
+    _wait_for(30, path, child)
     child.kill()
     child.communicate()
     before = path.read_bytes()
@@ -352,25 +355,29 @@ def test_kill_the_driver_and_resume(tmp_path: Path) -> None:
     assert any(e.get("why") == "resumed" for e in events)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_ends_in_good_order_and_silence(tmp_path: Path, number: int) -> None:
-    path = tmp_path / "j.jsonl"
-    child = _drive(path, 20)
-    family = psutil.Process(child.pid).children(recursive=True)
-    assert all(
-        len(p.cpu_affinity() or []) == 1 for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE
-    )
-    started = time.monotonic()
-    child.send_signal(number)
-    out, err = child.communicate(timeout=40)
-    assert time.monotonic() - started < 20
-    assert child.returncode == 0, err
-    assert out.startswith("stopped True")
-    assert err == ""
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert not alive
-    assert not list(Path(ray_tune._short_folder()).glob(f"{ray_tune.PREFIX}-{child.pid}-*"))
-    with Journal.open(path) as journal:
-        resumed = Controller.resume(journal, Dice, cost=Cost(trials=20))
-        run_serial(resumed, Closed())
-    check_journal(path, len(resumed.trials))
+def test_ctrl_c_and_sigterm_end_in_good_order_and_silence(tmp_path: Path) -> None:
+    paths = {signal.SIGINT: tmp_path / "int.jsonl", signal.SIGTERM: tmp_path / "term.jsonl"}
+    children = {number: _drive(path) for number, path in paths.items()}
+    families: list[psutil.Process] = []
+    started: dict[int, float] = {}
+    for number, child in children.items():
+        _wait_for(20, paths[number], child)
+        family = psutil.Process(child.pid).children(recursive=True)
+        alive = [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        assert all(len(p.cpu_affinity() or []) == 1 for p in alive)
+        families += family
+        started[number] = time.monotonic()
+        child.send_signal(number)
+    for number, child in children.items():
+        out, err = child.communicate(timeout=40)
+        assert time.monotonic() - started[number] < 30
+        assert child.returncode == 0, err
+        assert out.startswith("stopped True")
+        assert err == ""
+        assert not list(Path(ray_tune._short_folder()).glob(f"{ray_tune.PREFIX}-{child.pid}-*"))
+        with Journal.open(paths[number]) as journal:
+            resumed = Controller.resume(journal, Dice, cost=Cost(trials=20))
+            run_serial(resumed, Closed())
+        check_journal(paths[number], len(resumed.trials))
+    _, still_there = psutil.wait_procs(families, timeout=10)
+    assert not still_there
