@@ -455,7 +455,7 @@ class Session(AbstractContextManager["Session"]):
         return RemoteFiles("files", self.namespace)
 
     def station(
-        self, make_station: Callable[[], Any], name: str = "station", *, timeout: float = 300.0
+        self, make_station: Callable[[], Any], name: str = "station", *, timeout: float = 900.0
     ) -> RemoteStation:
         """Run a station in its own process on the driver's node; `make_station` is picklable and runs there.
 
