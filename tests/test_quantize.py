@@ -339,3 +339,12 @@ def test_nothing_is_printed_and_logging_stays_as_it_was(trained, capfd):
         OP.enact(trained, OP.decide(trained, rules(trained), Digits(), profile, limit=32))
     assert capfd.readouterr() == ("", "")
     assert logging.getLogger().handlers == before
+
+
+def test_an_empty_calibration_split_is_named(trained):
+    class Empty(Digits):
+        def batches(self, split, size, *, limit=None, seed=None):
+            return iter(())
+
+    with pytest.raises(UserError, match="task digits: the calibration split is empty"):
+        OP.decide(trained, rules(trained), Empty(), VNNI)
