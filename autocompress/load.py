@@ -13,7 +13,7 @@ The grammar of a space file (one record, `SpaceFile`):
       - {sites: ".", op: distill, param: weight, choices: [0.0, 0.5]}
 
 A row makes a gene `op.param@site` at every site that a glob of `sites` (one or a list; `*` also matches dots) names and
-that lists the op; `"."`, the whole network, is only for ops that act on training as a whole. The first choice leaves
+that lists the op (an op of a plug-in: every site that is named); `"."`, the whole network, is only for ops that act on training as a whole. The first choice leaves
 the network alone. `when` maps a knob to the choices (one or a list) under which the gene means anything; a knob is the
 name of an `arch` knob, of a gene (`{site}` stands for this row's site), of a parameter of the same op at the same site
 (`ratio`) or of another op's there (`prune.ratio`). A knob that this space leaves out stands at the parent's choice.
@@ -281,7 +281,9 @@ class _Draft:
             if not named:
                 known = [site.name for site in self.sites]
                 raise UserError(f"sites: {glob!r} matches nothing in the network; {suggest(glob, known)}")
-            able = [site for site in named if row.op in site.ops]
+            # A builder lists what our ops can do; a plug-in's own decide says which sites it skips.
+            plugin = row.op not in registry.BUILT_IN["op"]
+            able = [site for site in named if plugin or row.op in site.ops]
             if not able:
                 kinds = sorted({op for site in named for op in site.ops})
                 raise UserError(

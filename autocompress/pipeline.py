@@ -173,8 +173,8 @@ class Checkpoint(Record):
     training: str
 
 
-def ordered(policy: Policy, ops: Mapping[str, Op], phase: Phase) -> list[tuple[Op, tuple[Rule, ...]]]:
-    """The ops of one phase with their rules, in the order they act.
+def ordered(policy: Policy, ops: Mapping[str, Op], phase: Phase) -> list[tuple[str, Op, tuple[Rule, ...]]]:
+    """The ops of one phase by the policy's name for them, with their rules, in the order they act.
 
     Raises:
         TrialFailure: a rule names an op that is not there.
@@ -185,7 +185,7 @@ def ordered(policy: Policy, ops: Mapping[str, Op], phase: Phase) -> list[tuple[O
             raise TrialFailure(f"policy names op {name!r}, known are {', '.join(sorted(ops))}")
     known = [name for name in STRUCTURE_ORDER if name in names]
     known += [name for name in names if name not in STRUCTURE_ORDER]
-    return [(ops[name], policy.of(name)) for name in known if ops[name].phase == phase]
+    return [(name, ops[name], policy.of(name)) for name in known if ops[name].phase == phase]
 
 
 def shape(work: Work, candidate: Candidate) -> Shaped:
@@ -193,11 +193,11 @@ def shape(work: Work, candidate: Candidate) -> Shaped:
     module = work.builder.build(candidate.arch)
     work.builder.inherit(module, work.parent, candidate.arch)
     receipts: list[Receipt] = []
-    for op, rules in ordered(candidate.policy, work.ops, "structure"):
+    for name, op, rules in ordered(candidate.policy, work.ops, "structure"):
         tensors: dict[str, Any] = {}
         receipt = op.decide(module, rules, work.task, work.shape_profile, tensors)
         module = op.enact(module, receipt, tensors)
-        receipts.append(receipt)
+        receipts.append(receipt.model_copy(update={"op": name}))  # a plug-in goes by its module:attr
     reestimate_batchnorm(module, work.task, BATCHNORM_BATCHES, pause=work.gate.step)
     return Shaped(module, tuple(receipts))
 
@@ -233,10 +233,10 @@ def release(work: Work, module: nn.Module, policy: Policy, *, first_look: bool =
     releases: dict[str, Release] = {}
     for variant, profile in work.variants.items():
         parts, receipts = exported, []
-        for op, rules in ordered(policy, work.ops, "numeric"):
+        for name, op, rules in ordered(policy, work.ops, "numeric"):
             receipt = op.decide(parts, rules, task, profile)
             parts = op.enact(parts, receipt)
-            receipts.append(receipt)
+            receipts.append(receipt.model_copy(update={"op": name}))
         model = exporting.compose(parts)
         releases[variant] = Release(model, exporting.graph_hash(model, weights=False), tuple(receipts))
     return releases

@@ -318,7 +318,7 @@ class ModelSource(Record):
 
     builder: str
     weights: str | None = None
-    epochs: Positive = 20.0  # of training the parent, where there are no weights
+    epochs: Positive = 8.0  # of training the parent, where there are no weights
 
 
 class QualityLimit(Record):

@@ -153,10 +153,10 @@ def with_pairs(plan: Plan, ranges: Mapping[str, Range], numeric: Numeric) -> byt
             extra_options={"ForceQuantizeNoInputCheck": False},
         )
         quantizer.quantize_model()
-        quantizer.model.topological_sort()
     done = quantizer.model.model
     _leave_floats_alone(done, plan)
     _answer_in_floats(done, plan)
+    quantizer.model.topological_sort()
     done.graph.ClearField("value_info")
     done.ClearField("metadata_props")
     done.ir_version = version

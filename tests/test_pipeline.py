@@ -1,0 +1,242 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from autocompress import export
+from autocompress.models.convnet import ConvNet
+from autocompress.ops.lowrank import LowRank
+from autocompress.ops.prune import Prune
+from autocompress.ops.quantize import Quantize
+from autocompress.parts import make_ops
+from autocompress.pipeline import (
+    Checkpoint,
+    Evaluator,
+    Work,
+    load_weights,
+    ordered,
+    release,
+    rerelease,
+    reshape,
+    shape,
+)
+from autocompress.store import Store
+from autocompress.tasks.digits import Digits
+from autocompress.train import Training
+from autocompress.types import (
+    Assignment,
+    Budget,
+    Candidate,
+    Interval,
+    Numeric,
+    Policy,
+    Profile,
+    Reading,
+    Receipt,
+    Rule,
+    State,
+    TrialFailure,
+)
+from tests.small_search import builder
+
+PROFILES = (
+    Profile(name="one"),
+    Profile(name="two", threads=2),
+    Profile(name="signed", numeric=Numeric(activation="int8")),
+)
+
+
+def policy(*rules: tuple[str, str, dict]) -> Policy:
+    return Policy(rules=tuple(Rule(site=site, op=op, settings=settings) for site, op, settings in rules))
+
+
+MIXED = policy(
+    ("stages.0.0.conv1", "prune", {"ratio": 0.5, "importance": "l2"}),
+    ("stages.2.0.conv1", "lowrank", {"rank": 0.25}),
+    ("stages.0.0.conv1", "quantize", {"bits": "int8"}),
+    ("stages.0.0.conv2", "quantize", {"bits": "int8"}),
+    ("stages.2.0.conv2", "quantize", {"bits": "int8"}),
+    (".", "distill", {"weight": 0.5, "temperature": 2.0}),
+)
+CANDIDATE = Candidate(arch={"depth.2": 1}, policy=MIXED)
+
+
+@pytest.fixture(scope="module")
+def work() -> Work:
+    torch.manual_seed(0)
+    family = builder()
+    parent = family.build({})
+    Training(parent, Digits(), epochs=3, seed=0).run_to(1.0)
+    ops = make_ops(("prune", "lowrank", "quantize", "distill"))
+    return Work(builder=family, task=Digits(), ops=ops, parent=parent.eval(), profiles=PROFILES, epochs=1.0)
+
+
+class Clock:
+    """Stands where a station stands: latency by file size, so that a test needs no quiet machine."""
+
+    def __init__(self, ms_per_mb: float = 1.0) -> None:
+        self.ms_per_mb, self.asked = ms_per_mb, []
+
+    def __call__(self, profile: str, model: bytes, key: str) -> Reading:
+        self.asked.append((profile, key))
+        ms = self.ms_per_mb * len(model) / 1e6
+        spread = Interval(value=ms, low=ms, high=ms)
+        return Reading(
+            profile=profile, ms=spread, p95_ms=ms, baseline_ms=spread, ratio=spread, samples=1, rounds=1, seconds=0
+        )
+
+
+def assignment(candidate: Candidate = CANDIDATE, **changes: object) -> Assignment:
+    fields = {"number": 1, "attempt": 1, "genotype": (0,), "candidate": candidate, "rungs": (0.5, 1.0), "seed": 7}
+    return Assignment(**(fields | changes))
+
+
+def test_structure_is_pruned_before_it_is_split_whatever_the_policy_writes_first(work: Work) -> None:
+    backwards = Policy(rules=tuple(reversed(MIXED.rules)))
+    assert [name for name, _, _ in ordered(backwards, work.ops, "structure")] == ["prune", "lowrank"]
+    assert [name for name, _, _ in ordered(backwards, work.ops, "numeric")] == ["quantize"]
+
+
+def test_a_rule_of_an_unknown_op_is_a_failed_trial(work: Work) -> None:
+    with pytest.raises(TrialFailure, match="shave"):
+        ordered(policy(("stem.conv", "shave", {})), work.ops, "structure")
+
+
+def test_receipts_alone_rebuild_every_shape_and_the_same_file(work: Work) -> None:
+    shaped = shape(work, CANDIDATE)
+    receipts = [Receipt.model_validate_json(receipt.model_dump_json()) for receipt in shaped.receipts]
+    again = reshape(work.builder, work.ops, CANDIDATE.arch, receipts)
+    own, made = shaped.module.state_dict(), again.state_dict()
+    assert {name: tensor.shape for name, tensor in own.items()} == {name: t.shape for name, t in made.items()}
+    assert sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in work.parent.parameters())
+    again.load_state_dict(own)
+    first = release(work, shaped.module, MIXED)
+    for variant, item in first.items():
+        numeric = [Receipt.model_validate_json(receipt.model_dump_json()) for receipt in item.receipts]
+        assert rerelease(work, again.eval(), numeric).model == item.model, variant
+
+
+def test_profiles_with_equal_numeric_settings_share_a_file(work: Work) -> None:
+    assert set(work.variants) == {"u8s8-pc-minmax", "s8s8-pc-minmax"}
+    files = release(work, work.parent, MIXED)
+    assert set(files) == set(work.variants)
+    assert files["u8s8-pc-minmax"].model != files["s8s8-pc-minmax"].model
+
+
+def test_the_first_look_has_the_graph_of_the_final_file(work: Work) -> None:
+    shaped = shape(work, CANDIDATE)
+    look, full = (release(work, shaped.module, MIXED, first_look=first) for first in (True, False))
+    for variant in full:
+        assert look[variant].key == full[variant].key
+        assert look[variant].model != full[variant].model  # ranges of 32 images are not those of all
+
+
+def test_an_evaluation_goes_latency_rung_done_and_measures_each_graph_once(work: Work, tmp_path) -> None:
+    clock, store = Clock(), Store(tmp_path)
+    budgets = [Budget(profile=profile.name, latency_ms=10) for profile in PROFILES]
+    (rung, at_rung), (done, outcome) = Evaluator(work, budgets, store, clock).evaluate(assignment())
+    assert (rung, done) == (State.RUNG, State.DONE)
+    assert (at_rung.fidelity, outcome.fidelity) == (0.5, 1.0)
+    assert [profile for profile, _ in clock.asked] == ["one", "two", "signed"]
+    assert set(outcome.quality) == {"one", "two", "signed"}
+    assert outcome.quality["one"].split == "selection"
+    assert outcome.quality["one"].value.value > 0.3  # three epochs of a thin parent, one of the candidate
+    assert 0 < outcome.macs < 10**8 and outcome.parameters > 0
+    assert {"structure", "export", "measure", "train", "quality"} <= set(outcome.seconds)
+    kept = json.loads(store.get(outcome.files["receipts"]))
+    assert [receipt["op"] for receipt in kept["structure"]] == ["prune", "lowrank"]
+    model = store.get(outcome.files["model:u8s8-pc-minmax"])
+    module = reshape(work.builder, work.ops, CANDIDATE.arch, [Receipt.model_validate(r) for r in kept["structure"]])
+    load_weights(module, store.get(outcome.files["weights"]))
+    made = rerelease(work, module, [Receipt.model_validate(r) for r in kept["numeric"]["u8s8-pc-minmax"]])
+    assert made.model == model
+
+
+def test_over_every_budget_ends_before_training(work: Work, tmp_path) -> None:
+    budgets = [Budget(profile=profile.name, latency_ms=1e-6) for profile in PROFILES]
+    ((state, outcome),) = Evaluator(work, budgets, Store(tmp_path), Clock()).evaluate(assignment())
+    assert state is State.INFEASIBLE
+    assert "train" not in outcome.seconds and not outcome.quality
+    assert outcome.reason.startswith("over every budget")
+
+
+def test_one_met_budget_is_enough_to_go_on(work: Work, tmp_path) -> None:
+    budgets = [Budget(profile="one", latency_ms=10), Budget(profile="two", latency_ms=1e-6)]
+    state, _ = next(iter(Evaluator(work, budgets, Store(tmp_path), Clock()).evaluate(assignment())))
+    assert state is State.RUNG
+
+
+def test_going_on_from_a_checkpoint_is_the_same_as_never_having_stopped(work: Work, tmp_path) -> None:
+    store = Store(tmp_path)
+    budgets = [Budget(profile="one", latency_ms=10)]
+    whole = list(Evaluator(work, budgets, store, Clock()).evaluate(assignment()))
+    checkpoint = whole[0][1].files["checkpoint"]
+    clock = Clock()
+    ((state, outcome),) = Evaluator(work, budgets, store, clock).evaluate(assignment(start=1, checkpoint=checkpoint))
+    assert state is State.DONE
+    assert not clock.asked  # its readings are in the checkpoint
+    assert outcome.files == whole[1][1].files
+    store.keep_only(set())
+    ((state, anew),) = Evaluator(work, budgets, store, clock).evaluate(assignment(start=1, checkpoint=checkpoint))
+    assert anew.files == whole[1][1].files  # the checkpoint was swept away: only time is lost
+
+
+def test_a_checkpoint_reads_back(work: Work, tmp_path) -> None:
+    store = Store(tmp_path)
+    state, outcome = next(iter(Evaluator(work, [], store, Clock()).evaluate(assignment())))
+    found = Checkpoint.model_validate_json(store.get(outcome.files["checkpoint"]))
+    assert set(found.readings) == {"one", "two", "signed"}
+    assert store.has(found.training)
+
+
+def test_a_builder_that_fails_is_a_failed_trial_with_its_reason(work: Work, tmp_path) -> None:
+    class Broken(ConvNet):
+        def build(self, arch):
+            raise TrialFailure("no such network today")
+
+    broken = Work(builder=Broken(), task=work.task, ops=work.ops, parent=work.parent, profiles=PROFILES)
+    ((state, outcome),) = Evaluator(broken, [], Store(tmp_path), Clock()).evaluate(assignment())
+    assert (state, outcome.reason) == (State.FAILED, "no such network today")
+
+
+def test_a_network_that_gives_nan_fails_its_trial(work: Work, tmp_path) -> None:
+    class Poisoned(ConvNet):
+        def inherit(self, child, parent, arch):
+            for parameter in child.parameters():
+                parameter.data.fill_(float("nan"))
+
+    family = Poisoned(arch={"resolution": 8, "width.0": 16, "width.1": 32, "width.2": 64})
+    poisoned = Work(builder=family, task=work.task, ops=work.ops, parent=work.parent, profiles=PROFILES, epochs=1.0)
+    candidate = Candidate(arch={}, policy=Policy())
+    *_, (state, outcome) = Evaluator(poisoned, [], Store(tmp_path), Clock()).evaluate(assignment(candidate))
+    assert state is State.FAILED
+    assert outcome.reason
+
+
+def test_a_noisy_reading_is_taken_again_and_then_refused(work: Work, tmp_path) -> None:
+    class Restless(Clock):
+        def __call__(self, profile: str, model: bytes, key: str) -> Reading:
+            return super().__call__(profile, model, key).model_copy(update={"noisy": True})
+
+    clock = Restless()
+    budgets = [Budget(profile="one", latency_ms=1e-6)]  # a noisy reading proves nothing: not infeasible
+    *_, (state, outcome) = Evaluator(work, budgets, Store(tmp_path), clock).evaluate(assignment())
+    assert state is State.FAILED
+    assert "too noisy" in outcome.reason
+    assert [profile for profile, _ in clock.asked] == ["one", "two", "signed", "one"]
+
+
+def test_ops_are_the_ones_of_the_registry(work: Work) -> None:
+    assert isinstance(work.ops["prune"], Prune)
+    assert isinstance(work.ops["lowrank"], LowRank)
+    assert isinstance(work.ops["quantize"], Quantize)
+
+
+def test_the_file_answers_as_torch_does(work: Work) -> None:
+    inputs, _ = next(iter(work.task.batches("selection", 64)))
+    files = release(work, work.parent, Policy())
+    found = export.predictor(files["u8s8-pc-minmax"].model)(inputs.numpy())
+    with torch.no_grad():
+        wanted = work.parent(inputs).numpy()
+    assert np.abs(found - wanted).max() < 1e-3 * np.abs(wanted).max()
