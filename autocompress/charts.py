@@ -354,7 +354,7 @@ def _layer(
         bits=bits,
         rank="" if dropped else share,
         title="\n".join(words),
-        label=site.name.rpartition(".")[2] if "." in site.name else site.name,
+        label=_label(site.name),
         dropped=dropped,
     )
 
@@ -379,6 +379,12 @@ def _channels(
 
 def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _label(name: str) -> str:
+    """`conv1` of `stages.0.2.conv1`; `shortcut.0` of `stages.0.2.shortcut.0`, where the last part says nothing."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
 def _prefix(name: str) -> str:

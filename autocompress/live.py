@@ -49,6 +49,7 @@ class Progress:
     facts: Facts = field(default_factory=Facts)
     title: str = ""
     stage: str = ""
+    stage_began: float = 0.0
     began: float | None = None  # first trial of this process
     already: float = 0.0
     trials: dict[int, Trial] = field(default_factory=dict)
@@ -141,7 +142,8 @@ def _header(progress: Progress, now: float, width: int) -> RenderableType:
     about = Text(f"{progress.ended}/{cost.trials} trials   {spent}", no_wrap=True)
     first.add_row(bar, about, Text("" if left is None else f"about {clock(left)} left", style="dim", no_wrap=True))
     if progress.stage:
-        stage = Spinner("dots", text=Text(progress.stage, style="bold"), style="cyan")
+        waited = Text(f"  {clock(now - progress.stage_began)}", style="dim")
+        stage = Spinner("dots", text=Text.assemble((progress.stage, "bold"), waited), style="cyan")
         return Group(first, stage if not progress.ended else Group(stage, states))
     return Group(first, states)
 
@@ -371,7 +373,7 @@ class Live:
 
     def stage(self, words: str) -> None:
         """Say what is going on outside the trials: `training the parent`, `certifying`; empty when that is over."""
-        self.progress.stage = words
+        self.progress.stage, self.progress.stage_began = words, self.now()
         if self._screen is None and words:
             self._plain(words)
 

@@ -61,7 +61,7 @@ def search(out: Path, *, devices: int = 2, trials: int = 40, stop_after: int = 0
             "baseline": parent.outcome.readings,
             "baseline_quality": next(iter(parent.outcome.quality.values())),
             "baseline_size_mb": 1.0,
-            "fingerprints": {"abcd1234": {"processor": "made-up <processor>", "cores": 4}},
+            "fingerprints": {"abcd1234": {"processor": "made-up <processor>", "flags": ["avx2", "fma"]}},
             "versions": {"python": "3.11.0"},
         }
     )
@@ -317,6 +317,7 @@ def test_the_page_is_one_file_that_loads_nothing(finished: tuple[Run, Summary]):
         assert f"autocompress apply runs/x/{winner.path}" in page.words or winner.path in page.words
     assert "not run in this search" in page.words
     assert "made-up <processor>" in page.words
+    assert "avx2 fma" in page.words
     assert [p.name for p in run.out.iterdir() if p.name.startswith(".")] == []
 
 
