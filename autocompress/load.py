@@ -13,10 +13,11 @@ The grammar of a space file (one record, `SpaceFile`):
       - {sites: ".", op: distill, param: weight, choices: [0.0, 0.5]}
 
 A row makes a gene `op.param@site` at every site that a glob of `sites` (one or a list; `*` also matches dots) names and
-that lists the op (an op of a plug-in: every site that is named); `"."`, the whole network, is only for ops that act on training as a whole. The first choice leaves
-the network alone. `when` maps a knob to the choices (one or a list) under which the gene means anything; a knob is the
-name of an `arch` knob, of a gene (`{site}` stands for this row's site), of a parameter of the same op at the same site
-(`ratio`) or of another op's there (`prune.ratio`). A knob that this space leaves out stands at the parent's choice.
+that lists the op (a plug-in's op: every site that is named); `"."`, the whole network, is only for ops that act on
+training as a whole. The first choice leaves the network alone. `when` maps a knob to the choices (one or a list) under
+which the gene means anything; a knob is the name of an `arch` knob, of a gene (`{site}` stands for this row's site), of
+a parameter of the same op at the same site (`ratio`) or of another op's there (`prune.ratio`). A knob that this space
+leaves out stands at the parent's choice.
 """
 
 from __future__ import annotations

@@ -229,10 +229,11 @@ class _Run:
             space=self.parts.space,
             title=f"{self.parts.job.task} · {self.parts.job.model.builder} · {self.parts.job.search.searcher}",
         )
-        self.live = live.Live(progress, self.console)
+        self.live = live.Live(progress, self.console, quiet=self.console.quiet)
         with self.live:
             found, report_path = self.inside()
-        live.show_result(self.console, found, self.out, report_path)
+        if not self.console.quiet:
+            live.show_result(self.console, found, self.out, report_path)
         return found
 
     def inside(self) -> tuple[Summary, Path]:

@@ -142,7 +142,8 @@ def test_an_evaluation_goes_latency_rung_done_and_measures_each_graph_once(work:
     assert set(outcome.quality) == {"one", "two", "signed"}
     assert outcome.quality["one"].split == "selection"
     assert outcome.quality["one"].value.value > 0.3  # three epochs of a thin parent, one of the candidate
-    assert 0 < outcome.macs < 10**8 and outcome.parameters > 0
+    assert 0 < outcome.macs < 10**8
+    assert outcome.parameters > 0
     assert {"structure", "export", "measure", "train", "quality"} <= set(outcome.seconds)
     kept = json.loads(store.get(outcome.files["receipts"]))
     assert [receipt["op"] for receipt in kept["structure"]] == ["prune", "lowrank"]
@@ -157,7 +158,8 @@ def test_over_every_budget_ends_before_training(work: Work, tmp_path) -> None:
     budgets = [Budget(profile=profile.name, latency_ms=1e-6) for profile in PROFILES]
     ((state, outcome),) = Evaluator(work, budgets, Store(tmp_path), Clock()).evaluate(assignment())
     assert state is State.INFEASIBLE
-    assert "train" not in outcome.seconds and not outcome.quality
+    assert "train" not in outcome.seconds
+    assert not outcome.quality
     assert outcome.reason.startswith("over every budget")
 
 
@@ -178,13 +180,13 @@ def test_going_on_from_a_checkpoint_is_the_same_as_never_having_stopped(work: Wo
     assert not clock.asked  # its readings are in the checkpoint
     assert outcome.files == whole[1][1].files
     store.keep_only(set())
-    ((state, anew),) = Evaluator(work, budgets, store, clock).evaluate(assignment(start=1, checkpoint=checkpoint))
+    ((_, anew),) = Evaluator(work, budgets, store, clock).evaluate(assignment(start=1, checkpoint=checkpoint))
     assert anew.files == whole[1][1].files  # the checkpoint was swept away: only time is lost
 
 
 def test_a_checkpoint_reads_back(work: Work, tmp_path) -> None:
     store = Store(tmp_path)
-    state, outcome = next(iter(Evaluator(work, [], store, Clock()).evaluate(assignment())))
+    _, outcome = next(iter(Evaluator(work, [], store, Clock()).evaluate(assignment())))
     found = Checkpoint.model_validate_json(store.get(outcome.files["checkpoint"]))
     assert set(found.readings) == {"one", "two", "signed"}
     assert store.has(found.training)
