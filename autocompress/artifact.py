@@ -260,8 +260,11 @@ def _sync_folder(path: Path) -> None:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def read(folder: Path) -> Artifact:
-    """Read an artifact and check every hash. Raises UserError naming the file that is missing, changed or not ours."""
+def read(folder: Path, *, trust: Sequence[str] = ()) -> Artifact:
+    """Read an artifact and check every hash; `trust` as for `read_policy`.
+
+    Raises UserError naming the file that is missing, changed or not ours.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; an artifact is a folder such as OUT/best/DEVICE")
     manifest = _record(Manifest, _bytes(folder / MANIFEST), str(folder / MANIFEST))
@@ -280,25 +283,34 @@ def read(folder: Path) -> Artifact:
     for profile, name in manifest.models.items():
         if name not in manifest.files:
             raise UserError(f"{folder / MANIFEST}: the model of {profile} is {name!r}, which it does not vouch for")
-    policy = read_policy(policy_bytes, str(folder / POLICY))
+    policy = read_policy(policy_bytes, str(folder / POLICY), trust=trust)
     if policy.builder != manifest.builder:
         raise UserError(f"{folder}: policy and manifest name different builders ({policy.builder}, {manifest.builder})")
     return Artifact(folder, manifest, policy)
 
 
-def read_policy(data: bytes, where: str = POLICY) -> PolicyFile:
+def read_policy(data: bytes, where: str = POLICY, *, trust: Sequence[str] = ()) -> PolicyFile:
     """A policy from untrusted JSON. Raises UserError, one line, for whatever is wrong; executes nothing.
 
-    Every op must be one of the built-in ones: a `module:attr` is refused unimported.
+    Every op must be one of the installed ones. A `module:attr` is refused, or, if its package is in `trust`, left for the
+    caller to import.
     """
-    policy = _record(PolicyFile, data, where)
+    policy = look(data, where)
     receipts = [*policy.receipts, *(receipt for those in policy.numeric.values() for receipt in those)]
     named = [*(rule.op for rule in policy.policy.rules), *(receipt.op for receipt in receipts)]
     for op in dict.fromkeys(named):
+        if ":" in op and op.partition(":")[0].partition(".")[0] in trust:
+            continue
         try:
             registry.resolve("op", op, trusted=False)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
+    return policy
+
+
+def look(data: bytes, where: str = POLICY) -> PolicyFile:
+    """A policy to be looked at, not applied: whatever ops it names. Raises UserError as `read_policy` does."""
+    policy = _record(PolicyFile, data, where)
     seen: set[str] = set()
     for site in policy.sites:
         if site.name in seen:

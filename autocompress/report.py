@@ -217,7 +217,7 @@ def _networks(out: Path, winners: Sequence[Winner]) -> list[tuple[str, charts.Ne
         if winner.number in pictures:
             pictures[winner.number][0].append(winner.goal)
             continue
-        policy = artifact.read_policy((folder / artifact.POLICY).read_bytes(), str(folder / artifact.POLICY))
+        policy = artifact.look((folder / artifact.POLICY).read_bytes(), str(folder / artifact.POLICY))
         pictures[winner.number] = ([winner.goal], charts.network(policy, shapes_of(folder / artifact.WEIGHTS)))
     return [(f"#{number}, {' and '.join(goals)}", picture) for number, (goals, picture) in pictures.items()]
 

@@ -229,6 +229,15 @@ def test_unknown_ops_and_code_are_refused_and_not_imported(tmp_path: Path, monke
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_trusted_package_may_bring_an_op_and_a_look_needs_no_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "my_ops.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    data = policy_json(policy={"rules": [{"site": "stem", "op": "my_ops:Halve", "settings": {}}]})
+    assert artifact.look(data) == read_policy(data, trust=["my_ops"])
+    with pytest.raises(UserError, match="cannot name code"):
+        read_policy(data, trust=["my_op", "my_ops.sub"])
+
+
 def test_the_builder_is_named_and_never_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "my_builder_module.py").write_text("raise SystemExit('imported')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
