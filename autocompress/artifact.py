@@ -292,7 +292,7 @@ def read(folder: Path, *, trust: Sequence[str] = ()) -> Artifact:
 def read_policy(data: bytes, where: str = POLICY, *, trust: Sequence[str] = ()) -> PolicyFile:
     """A policy from untrusted JSON. Raises UserError, one line, for whatever is wrong; executes nothing.
 
-    Every op must be one of the installed ones. A `module:attr` is refused, or, if its package is in `trust`, left for the
+    Every op must be an installed one. A `module:attr` is refused, or, if its package is in `trust`, left for the
     caller to import.
     """
     policy = look(data, where)
