@@ -1,7 +1,8 @@
 """Certification: finalists are measured again, alone and in several sessions, and judged by their upper bounds.
 
 Pure on records: how a file is measured is passed in. A budget counts as met only when the 95 % bound on the bad side
-is within it, a noisy reading certifies nothing, and readings of two different hosts are never pooled.
+is within it. A noisy session widens the pooled interval, sessions that are all noisy certify nothing, and readings of
+two different hosts are never pooled.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def pool(readings: Sequence[Reading]) -> Reading:
         ratio=_pooled([reading.ratio for reading in readings]),
         samples=sum(reading.samples for reading in readings),
         rounds=sum(reading.rounds for reading in readings),
-        noisy=any(reading.noisy for reading in readings),
+        noisy=all(reading.noisy for reading in readings),  # a single one has widened the interval already
         quiet=any(reading.quiet for reading in readings),
         cores=tuple(sorted({core for reading in readings for core in reading.cores})),
         fingerprint="+".join(hosts),

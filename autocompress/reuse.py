@@ -110,7 +110,7 @@ def apply(
     Raises UserError for an artifact that is damaged, of another network or names unknown code; LimitError where a limit
     does not hold, after everything was written.
     """
-    read = artifact.read(Path(source))
+    read = artifact.read(Path(source), trust=trust)
     made = _subject(read, model, task, trust)
     if weights is None:
         return _reproduce(read, made, None if out is None else Path(out))

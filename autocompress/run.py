@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -230,7 +231,7 @@ class _Run:
             title=f"{self.parts.job.task} · {self.parts.job.model.builder} · {self.parts.job.search.searcher}",
         )
         self.live = live.Live(progress, self.console, quiet=self.console.quiet)
-        with self.live:
+        with self.live, telling(self.live):
             found, report_path = self.inside()
         if not self.console.quiet:
             live.show_result(self.console, found, self.out, report_path)
@@ -410,6 +411,21 @@ class _Run:
         if state == "finished":
             sweep(store, trials, self.parts.goals, baseline.limit)
         return found_, where
+
+
+@contextmanager
+def telling(view: live.Live) -> Iterator[None]:
+    """What our modules log (waiting for another measurement, say) stands in the view, not across it."""
+    logger = logging.getLogger("autocompress")
+    handler = logging.Handler()
+    handler.emit = lambda record: view.note(record.getMessage())
+    logger.addHandler(handler)
+    before, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
 
 
 def fold(known: dict[int, Trial], event: Event) -> Trial | None:

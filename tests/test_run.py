@@ -1,5 +1,6 @@
 """A whole search, small and real: serial and on Ray, interrupted, resumed, re-applied."""
 
+import contextlib
 import csv
 import json
 import os
@@ -96,7 +97,7 @@ def test_the_one_shot_int8_arm_stands_beside_the_winner_and_missing_arms_are_nam
 
 
 def test_the_work_folder_keeps_only_what_is_needed(found) -> None:
-    summary, out = found
+    _, out = found
     kept = {path.name for path in (out / "work").glob("??/*")}
     finalists = [event for event in lines(out) if event["state"] == "done" and event["number"] > 0]
     named = {sha for event in finalists for sha in event["outcome"]["files"].values()}
@@ -146,14 +147,15 @@ def test_apply_to_retrained_weights_decides_again_and_certifies(found, retrained
     summary, out = found
     (winner,) = [*summary.winners.values(), *summary.closest.values()]
     new = tmp_path / "new"
-    try:
-        applied = reuse.apply(out / winner.path, weights=retrained, out=new, max_drop=0.9, model=builder())
-        assert applied.certificate is not None and applied.certificate.certified
-    except LimitError as limit:  # a noisy machine may refuse the reading; the artifact is written all the same
-        assert "noisy" in str(limit) or "lower bound" in str(limit)
+    # A noisy machine may refuse the reading: the artifact is written all the same, and says so.
+    with contextlib.suppress(LimitError):
+        reuse.apply(out / winner.path, weights=retrained, out=new, max_drop=0.9, model=builder())
     old, made = artifact.read(out / winner.path), artifact.read(new)
     assert made.policy.policy == old.policy.policy
     assert {name: t.shape for name, t in made.weights().items()} == {n: t.shape for n, t in old.weights().items()}
+    proof = made.manifest.certificate
+    assert proof.quality_held
+    assert proof.certified or "noisy" in proof.reason
     assert made.manifest.files["model.onnx"] != old.manifest.files["model.onnx"]
 
 

@@ -38,7 +38,7 @@ class Task(Protocol):
     def batches(
         self, split: str, size: int, *, limit: int | None = None, seed: int | None = None
     ) -> Iterator[tuple[Any, Any]]:
-        """Torch batches (inputs, targets) of one pass. With a seed: shuffled and augmented (training); without: in order.
+        """Torch batches (inputs, targets) of one pass. With a seed: shuffled, augmented (training); without: in order.
 
         Raises UserError for an unknown split.
         """
