@@ -310,14 +310,14 @@ def clock(seconds: float) -> str:
 
 
 def line(progress: Progress, trial: Trial, now: float) -> str:
-    """One ended trial as one plain line."""
+    """One trial at a rung or at its end, as one plain line."""
     found = trial.outcome
     speeds = ", ".join(f"{times(reading.speedup)} {profile}" for profile, reading in found.readings.items())
     quality = _quality(trial)
     took = progress.took.get(trial.number)
     parts = [
         f"[{progress.ended}/{progress.plan.cost.trials} {clock(progress.elapsed(now))}]",
-        f"#{trial.number} {trial.state.value}",
+        f"#{trial.number} {trial.state.value}" + (f" {found.fidelity:.0%}" if trial.state is State.RUNG else ""),
         speeds,
         f"{progress.limit.metric} {quality}" if quality else "",
         f"{took:.1f} s" if took is not None else "",
@@ -392,7 +392,7 @@ class Live:
         """One journal event: the trial as it stands now."""
         now = self.now()
         self.progress.see(trial, now)
-        if self._screen is None and trial.state.ended and trial.number > 0:
+        if self._screen is None and trial.state is not State.RUNNING and trial.number > 0:
             self._plain(line(self.progress, trial, now))
 
     def _plain(self, words: str) -> None:

@@ -24,6 +24,7 @@ from autocompress.tasks import Task
 from autocompress.train import Training
 from autocompress.types import Facts, Limit, Outcome, QualityLimit, Reading, TrialFailure, UserError
 
+BASELINE_S = 0.8  # seconds per device: every later reading takes the baseline along
 MODEL, WEIGHTS = "model.onnx", "weights.safetensors"  # in OUT/baseline
 
 
@@ -120,7 +121,7 @@ def measure_baseline(parts: Parts, work: Work, station: Station, folder: Path, k
     for profile in parts.profiles:
         host = station.fingerprint(profile.name)
         prints[short(host)] = host
-        readings[profile.name] = station.measure(profile.name, path, key)
+        readings[profile.name] = station.measure(profile.name, path, key, BASELINE_S)
     size = len(model) / 1e6
     macs, parameters = count(work.parent, torch.zeros(1, *work.task.input.shape))
     facts = Facts(

@@ -63,7 +63,7 @@ class Station:
         self._device(profile_name)
         return self._hosts[profile_name]
 
-    def measure(self, profile_name: str, model: bytes | Path, key: str | None = None, seconds: float = 1.5) -> Reading:
+    def measure(self, profile_name: str, model: bytes | Path, key: str | None = None, seconds: float = 1.0) -> Reading:
         """A reading from the cache or a new one.
 
         `key` says what decides the latency of the model (a weight-free graph hash); without it the file's sha256
