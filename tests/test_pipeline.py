@@ -226,7 +226,7 @@ def test_a_noisy_reading_is_taken_again_and_then_refused(work: Work, tmp_path) -
     *_, (state, outcome) = Evaluator(work, budgets, Store(tmp_path), clock).evaluate(assignment())
     assert state is State.FAILED
     assert "too noisy" in outcome.reason
-    assert [profile for profile, _ in clock.asked] == ["one", "two", "signed", "one"]
+    assert [profile for profile, _ in clock.asked] == ["one", "two", "signed", "one", "one", "one"]
 
 
 def test_ops_are_the_ones_of_the_registry(work: Work) -> None:

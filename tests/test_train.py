@@ -6,13 +6,19 @@ import pytest
 import torch
 from torch import nn
 
+from autocompress import train
 from autocompress.distill import Distill, response_loss
 from autocompress.tasks.digits import Digits
-from autocompress.train import Training, one_cycle, reestimate_batchnorm
+from autocompress.train import one_cycle, reestimate_batchnorm
 from autocompress.types import Profile, Rule, TrialFailure, UserError
 from examples.my_task import EvenDigits
 
 PROFILE = Profile(name="here")
+
+
+def training_of(*args, **options) -> train.Training:
+    """With the batches that the figures below speak of."""
+    return train.Training(*args, **{"batch": 32, "lr": 0.05, **options})
 
 
 @pytest.fixture(autouse=True)
@@ -53,26 +59,26 @@ def accuracy(module: nn.Module, split: str = "selection") -> float:
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
 def test_pieces_equal_one_go(bf16):
-    whole = Training(net(), Digits(), 1.5, 7, bf16=bf16)
+    whole = training_of(net(), Digits(), 1.5, 7, bf16=bf16)
     whole.run_to(1.0)
-    first = Training(net(), Digits(), 1.5, 7, bf16=bf16)
+    first = training_of(net(), Digits(), 1.5, 7, bf16=bf16)
     first.run_to(0.1)
     first.run_to(0.3)  # in the middle of an epoch
     state = first.state()
     torch.rand(100)  # the global generator is nobody's business
-    second = Training(net(seed=99), Digits(), 1.5, 7, bf16=bf16)
+    second = training_of(net(seed=99), Digits(), 1.5, 7, bf16=bf16)
     second.load(state)
     assert second.state() == state
     second.run_to(1.0)
     assert same(whole.module, second.module)
     assert whole.state() == second.state()
-    other = Training(net(), Digits(), 1.5, 8, bf16=bf16)
+    other = training_of(net(), Digits(), 1.5, 8, bf16=bf16)
     other.run_to(1.0)
     assert not same(whole.module, other.module)
 
 
 def test_going_on_without_the_momenta_would_differ():
-    whole, cut = Training(net(), Digits(), 1, 0), Training(net(), Digits(), 1, 0)
+    whole, cut = training_of(net(), Digits(), 1, 0), training_of(net(), Digits(), 1, 0)
     whole.run_to(0.5)
     cut.run_to(0.5)
     cut.optimizer.state.clear()
@@ -85,12 +91,12 @@ def test_the_global_generator_is_left_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    Training(net(), Digits(), 0.2, 0).run_to(1.0)
+    training_of(net(), Digits(), 0.2, 0).run_to(1.0)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_it_learns():
-    training = Training(net(), Digits(), 4, 0)
+    training = training_of(net(), Digits(), 4, 0)
     before = accuracy(training.module)
     metrics = training.run_to(1.0)
     assert metrics["steps"] == training.total == 4 * math.ceil(1077 / 32)
@@ -102,7 +108,7 @@ def test_it_learns():
 
 
 def test_any_task_will_do():
-    training = Training(net(classes=2), EvenDigits(), 2, 0)
+    training = training_of(net(classes=2), EvenDigits(), 2, 0)
     training.run_to(1.0)
     training.module.eval()
     with torch.no_grad():
@@ -112,7 +118,7 @@ def test_any_task_will_do():
 
 def test_the_pause_is_asked_at_every_step():
     asked = []
-    training = Training(net(), Digits(), 1, 0, pause=lambda: asked.append(training.step))
+    training = training_of(net(), Digits(), 1, 0, pause=lambda: asked.append(training.step))
     training.run_to(0.5)
     assert asked == list(range(17))
 
@@ -142,7 +148,7 @@ class Exploding(Digits):
 @pytest.mark.parametrize("task", [Poisoned(), Exploding()], ids=["loss", "gradient"])
 def test_what_is_no_number_is_a_failed_trial(task):
     with pytest.raises(TrialFailure, match=r"diverged.*step 0 of"):
-        Training(net(), task, 1, 0).run_to(1.0)
+        training_of(net(), task, 1, 0).run_to(1.0)
 
 
 class Short(Digits):
@@ -152,22 +158,22 @@ class Short(Digits):
 
 def test_a_task_whose_passes_differ_is_named():
     with pytest.raises(UserError, match=r"task digits: a shuffled pass ended after 2 batches, a plain one gives 34"):
-        Training(net(), Short(), 1, 0).run_to(1.0)
+        training_of(net(), Short(), 1, 0).run_to(1.0)
 
 
 def test_states_of_other_trainings_are_refused():
-    state = Training(net(), Digits(), 1, 0).state()
+    state = training_of(net(), Digits(), 1, 0).state()
     with pytest.raises(UserError, match="this training has"):
-        Training(net(), Digits(), 1, 1).load(state)
+        training_of(net(), Digits(), 1, 1).load(state)
     with pytest.raises(UserError, match=r"size mismatch for 7\.weight"):
-        Training(net(classes=4), Digits(), 1, 0).load(state)
+        training_of(net(classes=4), Digits(), 1, 0).load(state)
     with pytest.raises(UserError, match="not readable"):
-        Training(net(), Digits(), 1, 0).load(b"not safetensors at all")
+        training_of(net(), Digits(), 1, 0).load(b"not safetensors at all")
 
 
 def test_distillation_pulls_towards_the_teacher():
     teacher = net(seed=3)
-    Training(teacher, Digits(), 3, 3).run_to(1.0)
+    training_of(teacher, Digits(), 3, 3).run_to(1.0)
     teacher.eval()
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     inputs = torch.cat([inputs for inputs, _ in Digits().batches("selection", 64)])
@@ -175,7 +181,7 @@ def test_distillation_pulls_towards_the_teacher():
         wanted = teacher(inputs)
     distances = {}
     for weight in (0.0, 1.0):
-        student = Training(net(), Digits(), 2, 0, teacher=teacher, weight=weight, temperature=2.0)
+        student = training_of(net(), Digits(), 2, 0, teacher=teacher, weight=weight, temperature=2.0)
         student.run_to(1.0)
         student.module.eval()
         with torch.no_grad():
@@ -205,7 +211,7 @@ def test_distill_decides_its_settings_and_changes_nothing():
     with pytest.raises(UserError, match=r"weight 1\.5"):
         op.decide(module, [Rule(site=".", op="distill", settings={"weight": 1.5})], Digits(), PROFILE)
     with pytest.raises(UserError, match="needs a teacher"):
-        Training(module, Digits(), 1, 0, weight=0.5)
+        training_of(module, Digits(), 1, 0, weight=0.5)
 
 
 def test_batchnorm_gets_the_populations_statistics():
