@@ -198,11 +198,16 @@ def _json(record: Record) -> bytes:
     return (json.dumps(record.model_dump(mode="json"), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
+def check_place(folder: Path) -> None:
+    """Raise UserError if an artifact may not be written there: it is a file, or a folder of something else."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST).is_file())):
+        raise UserError(f"{folder}: holds something else than an artifact; name another folder")
+
+
 def _place(folder: Path, files: Mapping[str, bytes]) -> None:
     """Rename a complete folder into place; what stood there is moved aside first and removed last."""
     folder = folder.absolute()
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST).is_file())):
-        raise UserError(f"{folder}: holds something else than an artifact; name another folder")
+    check_place(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -283,6 +288,8 @@ def read(folder: Path, *, trust: Sequence[str] = ()) -> Artifact:
     for profile, name in manifest.models.items():
         if name not in manifest.files:
             raise UserError(f"{folder / MANIFEST}: the model of {profile} is {name!r}, which it does not vouch for")
+    if missing := [one.name for one in manifest.profiles if one.name not in manifest.models]:
+        raise UserError(f"{folder / MANIFEST}: names no model for {missing[0]}")
     policy = read_policy(policy_bytes, str(folder / POLICY), trust=trust)
     if policy.builder != manifest.builder:
         raise UserError(f"{folder}: policy and manifest name different builders ({policy.builder}, {manifest.builder})")

@@ -11,6 +11,7 @@ import torch
 
 from autocompress.devices.cores import plan_cores
 from autocompress.models.trace import count
+from autocompress.parent import load_parent
 from autocompress.parts import Parts, parts
 from autocompress.space import cardinality
 from autocompress.train import Training
@@ -60,11 +61,16 @@ def _power(number: int) -> str:
 
 
 def estimate(job: Job, made: Parts | None = None) -> Estimate:
-    """Resolve every name, build the parent, time a few of its training steps. Raises UserError for what is wrong."""
+    """Resolve every name, build the parent, load its weights if the job gives some, time a few training steps.
+
+    Raises UserError for what is wrong.
+    """
     made = parts(job) if made is None else made
     plan = plan_cores(made.profiles)
     workers = job.search.workers or len(plan.trainers) or os.cpu_count() or 1
     module = made.builder.build({})
+    if job.model.weights is not None:
+        load_parent(module, Path(job.model.weights))
     macs, parameters = count(module, torch.zeros(1, *made.task.input.shape))
     training = Training(module, made.task, epochs=1.0, seed=0)
     seconds = step_seconds(training)

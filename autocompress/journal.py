@@ -231,6 +231,16 @@ def _lock(path: Path, *, create: bool) -> int:
     return descriptor
 
 
+def began(path: Path) -> bool:
+    """Whether a run stands there: not where there is no file, or one whose writer died inside its first write."""
+    try:
+        return _began(path.read_bytes(), path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the journal ({error.strerror})") from error
+
+
 def _began(data: bytes, path: Path) -> bool:
     """False only for what a writer leaves that died inside its first write: no complete header."""
     try:

@@ -39,7 +39,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}: not readable as weights ({_line(error)})") from error
     except Exception as error:  # torch.load raises pickle errors of its own for anything but tensors
-        raise UserError(f"{path}: holds more than tensors, which is not loaded ({_line(error)})") from error
+        raise UserError(
+            f"{path}: is no weights file, or holds more than tensors, which is not loaded ({_line(error)})"
+        ) from error
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise UserError(f"{path}: does not hold a state dict of tensors")

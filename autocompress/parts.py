@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from autocompress import load, pareto, registry
 from autocompress.controller import Header
-from autocompress.devices.fingerprint import resolve_local
+from autocompress.devices.fingerprint import check_expects, host, resolve_local
 from autocompress.models import Builder
 from autocompress.ops import Op
 from autocompress.searchers import Searcher
+from autocompress.shelves import suggest
 from autocompress.tasks import Task
-from autocompress.types import Budget, Goal, Job, Profile, Space, UserError
+from autocompress.types import Budget, Goal, Job, Profile, SearchPlan, Space, UserError
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,26 @@ class Parts:
 def parts(job: Job, *, task: Task | None = None, builder: Builder | None = None, space: Space | None = None) -> Parts:
     """Resolve a job; objects given take the place of its names.
 
-    Raises UserError for unknown names, a space of another builder, a metric the task does not have.
+    Raises UserError for unknown names, plug-ins that are none, options the searcher does not take, a space of another
+    builder, a metric the task does not have, a profile that this host does not fit.
     """
-    data: Task = task or registry.make("task", job.task)
-    network: Builder = builder or registry.make("builder", job.model.builder)
+    data: Task = registry.make("task", job.task) if task is None else registry.genuine("task", job.task, task)
+    network: Builder = (
+        registry.make("builder", job.model.builder)
+        if builder is None
+        else registry.genuine("builder", job.model.builder, builder)
+    )
+    check_searcher(job.search)
     if job.quality.metric != data.metric:
         raise UserError(f"quality.metric: task {data.name!r} measures {data.metric!r}, not {job.quality.metric!r}")
     genes = space or load.space(job.space, network)
     profiles, budgets = load.targets(job.devices)
     resolved = tuple(resolve_local(profile) for profile in profiles)
+    for profile in resolved:
+        if not callable(registry.resolve("device", profile.device)):
+            raise UserError(f"device {profile.device!r} is no device: it cannot be called with a profile")
+        if profile.device == "local":
+            check_expects(profile, host())
     return Parts(job, data, network, genes, resolved, budgets, pareto.goals(budgets))
 
 
@@ -54,10 +67,25 @@ def make_ops(names: tuple[str, ...]) -> Mapping[str, Op]:
     return {name: registry.make("op", name) for name in names}
 
 
+def check_searcher(plan: SearchPlan) -> None:
+    """Raise UserError for a searcher that is none and for options whose names it does not know."""
+    kind: Any = registry.genuine("searcher", plan.searcher, registry.resolve("searcher", plan.searcher))
+    if not isinstance(kind, type) or not plan.options:
+        return
+    parameters = list(inspect.signature(kind).parameters.values())
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters):
+        return
+    known = [one.name for one in parameters[5:]]  # after space, goals, limit, facts and seed
+    if strange := [name for name in plan.options if name not in known]:
+        raise UserError(
+            f"search.options: searcher {plan.searcher!r} has no option {strange[0]!r}; {suggest(strange[0], known)}"
+        )
+
+
 def make_searcher(header: Header) -> Searcher:
     """A fresh searcher as the journal's header describes it. Raises UserError for options it does not take."""
     plan = header.plan
-    kind: Any = registry.resolve("searcher", plan.searcher)
+    kind: Any = registry.genuine("searcher", plan.searcher, registry.resolve("searcher", plan.searcher))
     if not isinstance(kind, type):
         return kind
     try:

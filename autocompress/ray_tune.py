@@ -16,6 +16,7 @@ import queue
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -400,6 +401,22 @@ class _Silent(tune.ProgressReporter):
 # --- a session: Ray up, Ray down ----------------------------------------------------------------------------------
 
 
+def reach(address: str) -> None:
+    """Raise UserError, within seconds, where nothing answers at HOST:PORT; Ray itself tries for minutes."""
+    try:
+        socket.create_connection(_host_and_port(address), timeout=5.0).close()
+    except (OSError, UnicodeError) as error:  # the latter for a host name that can be none
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"no Ray cluster can be used at {address}: {why}; see `ray status` there") from error
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isascii() and port.isdigit() and 0 < int(port[:6]) < 2**16) or "://" in address:
+        raise UserError(f"address {address!r}: give HOST:PORT of a running Ray cluster, e.g. 10.0.0.1:6379")
+    return host.strip("[]"), int(port)
+
+
 class Session(AbstractContextManager["Session"]):
     """Ray for one search: local, or the running cluster at `address` ("host:port"). Leaves nothing behind."""
 
@@ -416,8 +433,8 @@ class Session(AbstractContextManager["Session"]):
         `store_root`: where `files` keeps what workers put; `trainer_cores`: the driver, Ray and the workers of this
         host stay on these. Raises UserError for an address that is none.
         """
-        if address is not None and (":" not in address or "://" in address):
-            raise UserError(f"address {address!r}: give HOST:PORT of a running Ray cluster, e.g. 10.0.0.1:6379")
+        if address is not None:
+            _host_and_port(address)
         self.address, self.env, self.store_root = address, dict(env or {}), store_root
         self.cores = tuple(trainer_cores)
         self.workers = workers or 0
@@ -600,6 +617,7 @@ class Session(AbstractContextManager["Session"]):
                 **common,
             )
         else:
+            reach(self.address)
             try:
                 ray.init(address=self.address, runtime_env={"env_vars": self.env} if self.env else None, **common)
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:

@@ -156,10 +156,21 @@ def check(data: dict[str, Any], kind: type[R], where: str, lines: dict[Place, in
         # Through JSON, because only there strict validation takes lists for tuples.
         return kind.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        found = error.errors()
-        told = [one for one in found if one["type"] != "too_short" or not one["input"]] or found  # items failed instead
-        problems = list(dict.fromkeys(_lines(told, kind, where, lines or {})))
-        raise UserError("\n".join(problems)) from error
+        raise _refused(error, kind, where, lines or {}) from error
+
+
+def fill(data: object, kind: type[R], where: str) -> R:
+    """Python objects (records, mappings, numbers that convert without loss) -> record. Raises as `check` does."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise _refused(error, kind, where, {}) from error
+
+
+def _refused(error: ValidationError, kind: type[Record], where: str, lines: dict[Place, int]) -> UserError:
+    found = error.errors()
+    told = [one for one in found if one["type"] != "too_short" or not one["input"]] or found  # items failed instead
+    return UserError("\n".join(dict.fromkeys(_lines(told, kind, where, lines))))
 
 
 def _lines(errors: list[ErrorDetails], kind: type[Record], where: str, lines: dict[Place, int]) -> Iterator[str]:
@@ -197,7 +208,7 @@ def _is_union(annotation: Any) -> bool:
 
 
 def _short(given: Any) -> str:
-    shown = json.dumps(given, ensure_ascii=False)
+    shown = json.dumps(given, ensure_ascii=False, default=repr)
     return shown if len(shown) < 60 else f"{shown[:57]}..."
 
 

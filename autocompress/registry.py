@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, get_args
 
 from autocompress.shelves import suggest
-from autocompress.types import UserError
+from autocompress.types import TrialFailure, UserError
 
 Kind = Literal["op", "searcher", "device", "task", "builder"]
 
@@ -30,6 +30,14 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     "device": {"local": "autocompress.devices.local:LocalDevice"},
     "task": {"digits": "autocompress.tasks.digits:Digits"},
     "builder": {"convnet": "autocompress.models.convnet:ConvNet"},
+}
+# What the protocols of a kind ask for; a plug-in without it is refused before anything runs.
+_MEMBERS: dict[Kind, tuple[str, ...]] = {
+    "op": ("name", "phase", "params", "decide", "enact"),
+    "searcher": ("ask", "tell"),
+    "device": ("fingerprint", "time"),
+    "task": ("name", "metric", "input", "batches", "loss", "quality"),
+    "builder": ("name", "knobs", "build", "sites", "inherit"),
 }
 # Packages that only an extra of ours brings.
 _EXTRAS = {"optuna": "optuna", "nni": "nni", "pytorch_lightning": "nni"}
@@ -58,9 +66,29 @@ def resolve(kind: Kind, name: str, *, trusted: bool = True) -> Any:
 
 
 def make(kind: Kind, name: str, *, trusted: bool = True) -> Any:
-    """`resolve`, and a class is called without arguments: for ops, tasks and builders."""
+    """`resolve`, and a class is called without arguments: for ops, tasks and builders.
+
+    Raises UserError for a plug-in that cannot be made or is none of its kind.
+    """
     found = resolve(kind, name, trusted=trusted)
-    return found() if isinstance(found, type) else found
+    return genuine(kind, name, call(kind, name, found) if isinstance(found, type) else found)
+
+
+def call(kind: Kind, name: str, made_by: Any, *arguments: Any) -> Any:
+    """Call a class or function of a plug-in; what a stranger's raises becomes a UserError, ours stays as it is."""
+    try:
+        return made_by(*arguments)
+    except Exception as error:
+        if name in BUILT_IN[kind] or isinstance(error, (UserError, TrialFailure)):
+            raise
+        raise UserError(f"{kind} {name!r}: cannot be made: {type(error).__name__}: {error}") from error
+
+
+def genuine(kind: Kind, name: str, made: Any) -> Any:
+    """`made` itself. Raises UserError naming what it lacks to be of its kind."""
+    if lacks := [member for member in _MEMBERS[kind] if not hasattr(made, member)]:
+        raise UserError(f"{kind} {name!r} is no {kind}: it has no {', no '.join(lacks)}")
+    return made
 
 
 def check(kind: Kind, name: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from autocompress import artifact, certify, export, registry
+from autocompress import artifact, certify, export, reader, registry
 from autocompress.artifact import Artifact
 from autocompress.devices.cores import plan_cores
 from autocompress.devices.station import Station
@@ -110,6 +110,9 @@ def apply(
     Raises UserError for an artifact that is damaged, of another network or names unknown code; LimitError where a limit
     does not hold, after everything was written.
     """
+    trust = (trust,) if isinstance(trust, str) else trust
+    if out is not None:
+        artifact.check_place(Path(out).absolute())  # said before anything is computed, not after
     read = artifact.read(Path(source), trust=trust)
     made = _subject(read, model, task, trust)
     if weights is None:
@@ -130,9 +133,10 @@ def _subject(read: Artifact, model: Builder | None, task: Task | None, trust: Se
         package = name.partition(":")[0].partition(".")[0]
         return registry.make(kind, name, trusted=":" in name and package in trust)
 
-    builder = make("builder", read.manifest.builder) if model is None else model
-    artifact.check_policy(read.policy, builder.sites())
-    return _Subject(builder, make("task", read.manifest.task) if task is None else task)
+    builder, data = read.manifest.builder, read.manifest.task
+    network = make("builder", builder) if model is None else registry.genuine("builder", builder, model)
+    artifact.check_policy(read.policy, network.sites())
+    return _Subject(network, make("task", data) if task is None else registry.genuine("task", data, task))
 
 
 def _work(read: Artifact, made: _Subject, parent: nn.Module) -> Work:
@@ -206,6 +210,7 @@ def _renew(
     read: Artifact, made: _Subject, weights: Path, out: Path, max_drop: float | None, say: Callable[[str], None]
 ) -> Applied:
     policy, manifest = read.policy, read.manifest
+    asked = _asked(read, max_drop)
     parent = load_parent(made.builder.build({}), weights)
     work = _work(read, made, parent)
     candidate = Candidate(arch=policy.arch, policy=policy.policy)
@@ -218,7 +223,7 @@ def _renew(
         releases = release(work, shaped.module, candidate.policy)
         say("measuring")
         with tempfile.TemporaryDirectory() as folder:
-            before, proof = _judge(work, read, releases, Path(folder), max_drop)
+            before, proof = _judge(work, read, releases, Path(folder), asked)
     except TrialFailure as failure:
         raise LimitError(f"{read.folder}: {failure}") from failure
     _write(out, work, read, shaped, releases, before, proof)
@@ -232,7 +237,7 @@ def _renew(
 
 
 def _judge(
-    work: Work, read: Artifact, releases: Mapping[str, Release], folder: Path, max_drop: float | None
+    work: Work, read: Artifact, releases: Mapping[str, Release], folder: Path, asked: QualityLimit
 ) -> tuple[artifact.BaselineFigures, certify.Certificate]:
     """Measure the new files alone, beside the new weights' own baseline, and hold them against the limits."""
     key = export_baseline(work, folder)
@@ -248,7 +253,7 @@ def _judge(
             goal,
             quality=qualities(work, releases, "selection"),
             size_mb={name: releases[one].size_mb for name, one in variant.items()},
-            limit=floor(_asked(read, max_drop), selection.value.value),
+            limit=floor(asked, selection.value.value),
             sessions=SESSIONS,
         )
         readings = {profile.name: station.measure(profile.name, path, key) for profile in work.profiles}
@@ -268,7 +273,7 @@ def _judge(
 
 def _asked(read: Artifact, max_drop: float | None) -> QualityLimit:
     if max_drop is not None:
-        return QualityLimit(max_drop=max_drop)
+        return reader.fill({"max_drop": max_drop}, QualityLimit, "apply")
     try:
         return Job.model_validate(read.manifest.job).quality
     except ValueError as error:

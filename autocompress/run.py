@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import time
@@ -16,14 +17,14 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from autocompress import live, pareto, ray_tune, report, summary
+from autocompress import live, pareto, ray_tune, reader, report, summary
 from autocompress.artifact import versions
 from autocompress.controller import Controller, Header, header, run_serial
 from autocompress.devices.cores import CorePlan, plan_cores
 from autocompress.devices.gate import Gate
 from autocompress.devices.station import Station
 from autocompress.finals import FINALISTS, Finals
-from autocompress.journal import Event, Journal
+from autocompress.journal import Event, Journal, began
 from autocompress.models import Builder
 from autocompress.parent import (
     WEIGHTS,
@@ -40,15 +41,12 @@ from autocompress.summary import Arm, Finding, Summary
 from autocompress.tasks import Task
 from autocompress.types import (
     Budget,
-    Cost,
     Fidelity,
     Goal,
     Job,
     Limit,
-    ModelSource,
     Outcome,
     QualityLimit,
-    SearchPlan,
     Space,
     State,
     Trial,
@@ -106,11 +104,23 @@ def run(
     """
     out = Path(job.out)
     made = parts(job, task=task, builder=builder, space=space)
-    if (out / "journal.jsonl").exists():
+    if began(out / "journal.jsonl"):
         raise UserError(f"{out} holds another run: `autocompress resume {out}`, or choose another folder by --out")
     make_folder(out, "choose another folder by --out")
+    if task is not None or builder is not None or not _same_parent(out / "job.json", job):
+        (out / "baseline" / WEIGHTS).unlink(missing_ok=True)  # of a start that another job made and gave up
     write_atomic(out / "job.json", job.model_dump_json(indent=1).encode())
     return _Run(made, out, address, serial, console or Console()).go()
+
+
+def _same_parent(path: Path, job: Job) -> bool:
+    """Whether an earlier start of this very training, by the same names, left its job there."""
+    try:
+        old = Job.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    same = (old.task, old.model, old.search.seed) == (job.task, job.model, job.search.seed)
+    return same and job.model.weights is None
 
 
 def resume(
@@ -134,13 +144,14 @@ def resume(
     if not path.is_file():
         raise UserError(f"{out} holds no run: start one with `autocompress search JOB --out {out}`")
     try:
-        job = Job.model_validate_json(path.read_bytes())
+        written = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"{path}: not a job of this version ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: is no JSON ({error}); start a new run") from error
+    job = reader.fill(written, Job, str(path))
     job = job.model_copy(update={"out": str(out)})
     made = parts(job, task=task, builder=builder, space=space)
     spent = {name: value for name, value in (("trials", trials), ("minutes", minutes)) if value is not None}
-    if not (out / "journal.jsonl").is_file():  # it was killed before the first trial
+    if not began(out / "journal.jsonl"):  # it was killed before the first trial
         plan = job.search.model_copy(update={"cost": job.search.cost.model_copy(update=spent)})
         made = parts(job.model_copy(update={"search": plan}), task=made.task, builder=made.builder, space=made.space)
     return _Run(made, out, address, serial, console or Console(), spent).go()
@@ -171,24 +182,27 @@ def search(
 
     Budgets, quality and fidelity are the records of a job file or mappings of their fields.
     """
-    job = Job(
-        task=task if isinstance(task, str) else _named(task),
-        model=ModelSource(
-            builder=model if isinstance(model, str) else _named(model),
-            weights=None if weights is None else str(Path(weights).resolve()),
-        ),
-        space=space if isinstance(space, str) else space.name,
-        devices=tuple(one if isinstance(one, Budget) else Budget.model_validate(dict(one)) for one in devices),
-        quality=QualityLimit(max_drop=0.01) if quality is None else QualityLimit.model_validate(_plain(quality)),
-        search=SearchPlan(
-            searcher=searcher,
-            seed=seed,
-            fidelity=Fidelity() if fidelity is None else Fidelity.model_validate(_plain(fidelity)),
-            cost=Cost(trials=trials, minutes=minutes),
-            workers=workers,
-        ),
-        out=str(out),
-    )
+    if not isinstance(space, str | Space):
+        raise UserError(f"search: space: must be a name, a path or a Space, not {space!r}")
+    asked: dict[str, Any] = {
+        "task": task if isinstance(task, str) else _named(task),
+        "model": {
+            "builder": model if isinstance(model, str) else _named(model),
+            "weights": str(Path(weights).resolve()) if isinstance(weights, str | Path) else weights,
+        },
+        "space": space if isinstance(space, str) else space.name,
+        "devices": [_plain(one) for one in devices] if isinstance(devices, list | tuple) else devices,
+        "quality": {"max_drop": 0.01} if quality is None else _plain(quality),
+        "search": {
+            "searcher": searcher,
+            "seed": seed,
+            "fidelity": {} if fidelity is None else _plain(fidelity),
+            "cost": {"trials": trials, "minutes": minutes},
+            "workers": workers,
+        },
+        "out": str(out),
+    }
+    job = reader.fill(asked, Job, "search")
     return run(
         job,
         task=None if isinstance(task, str) else task,
@@ -200,8 +214,8 @@ def search(
     )
 
 
-def _plain(record: Any) -> dict[str, Any]:
-    return record.model_dump() if hasattr(record, "model_dump") else dict(record)
+def _plain(given: object) -> object:
+    return dict(given) if isinstance(given, Mapping) else given
 
 
 def _named(thing: object) -> str:
@@ -239,7 +253,9 @@ class _Run:
 
     def inside(self) -> tuple[Summary, Path]:
         plan = plan_cores(self.parts.profiles)
-        begun = (self.out / "journal.jsonl").is_file()
+        if self.address is not None:
+            ray_tune.reach(self.address)  # now, not after the parent's training
+        begun = began(self.out / "journal.jsonl")
         journal = Journal.open(self.out / "journal.jsonl") if begun else None
         try:
             with self.stage("parent"):
@@ -289,6 +305,7 @@ class _Run:
                 facts=baseline.facts,
                 more={"job": self.parts.job.model_dump(mode="json"), "exporter": EXPORTER},
             )
+            make_searcher(first)  # options it refuses must not stand in a journal that no resume can mend
             return baseline, Journal.create(self.out / "journal.jsonl", first.event())
         known = header(journal)
         self.check_same(known)

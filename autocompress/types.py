@@ -361,7 +361,7 @@ class SearchPlan(Record):
 
     searcher: str = "evolution"
     options: dict[str, Any] = {}
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)  # what numpy, torch and Optuna all take
     fidelity: Fidelity = Fidelity()
     cost: Cost = Cost()
     workers: int | None = Field(default=None, ge=1)

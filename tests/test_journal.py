@@ -212,3 +212,17 @@ def test_kill_at_any_moment_loses_no_written_event(tmp_path: Path) -> None:
         numbers = [event["number"] for event in opened.events()]
     assert numbers == list(range(len(numbers)))
     assert seen <= numbers[-1] <= seen + 1
+
+
+def test_a_run_began_only_with_a_complete_header(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    assert not journal.began(path)
+    path.write_bytes(b'{"number":0,"sta')
+    assert not journal.began(path)
+    path.write_bytes(b"something else\n")
+    assert journal.began(path)  # never overwritten
+    path.unlink()
+    journal.Journal.create(path, {}).close()
+    assert journal.began(path)
+    with pytest.raises(UserError, match="cannot read the journal"):
+        journal.began(tmp_path)

@@ -47,7 +47,8 @@ def test_near_names_are_told():
 
 
 def test_own_code_is_found_by_module_and_attribute(tmp_path, monkeypatch):
-    (tmp_path / "mine_a.py").write_text("class Faces:\n    name = 'faces'\n    class Inner: pass\n")
+    members = "name = 'faces'\n    metric = input = batches = loss = quality = None"
+    (tmp_path / "mine_a.py").write_text(f"class Faces:\n    {members}\n    class Inner: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert registry.resolve("task", "mine_a:Faces").name == "faces"
     assert registry.make("task", "mine_a:Faces").name == "faces"
@@ -107,3 +108,29 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(registry._EXTRAS, "optuna_is_away", "optuna")
     with pytest.raises(UserError, match=r"pip install 'autocompress\[optuna\]'"):
         registry.resolve("searcher", "away")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "told"),
+    [
+        ("task", "os:path", "is no task: it has no name, no metric"),
+        ("builder", "os:getcwd", "is no builder: it has no name"),
+        ("op", "fractions:Fraction", "is no op: it has no name, no phase"),
+        ("task", "weakref:ref", "cannot be made: TypeError"),
+    ],
+)
+def test_code_that_is_no_plug_in_of_its_kind_is_one_line(kind, name, told):
+    with pytest.raises(UserError) as error:
+        registry.make(kind, name)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_strangers_constructor_raises_is_the_users_to_mend():
+    def raising():
+        raise ZeroDivisionError("of theirs")
+
+    with pytest.raises(UserError, match="cannot be made: ZeroDivisionError: of theirs"):
+        registry.call("op", "mine:Op", raising)
+    with pytest.raises(ZeroDivisionError):
+        registry.call("op", "prune", raising)

@@ -339,3 +339,116 @@ def test_events_fold_into_trials() -> None:
 def test_a_job_survives_its_file(tmp_path: Path) -> None:
     asked = job(tmp_path)
     assert Job.model_validate_json(asked.model_dump_json()) == asked
+
+
+@pytest.mark.parametrize(
+    ("plan", "told"),
+    [
+        ({"options": {"populaton": 3}, "searcher": "evolution"}, "no option 'populaton'; did you mean 'population'"),
+        ({"options": {"x": 3}}, "searcher 'random' has no option 'x'; known: none"),
+        ({"searcher": "os:path"}, "is no searcher: it has no ask, no tell"),
+        ({"searcher": "evolutoin"}, "did you mean 'evolution'"),
+    ],
+)
+def test_a_searcher_is_checked_before_anything_is_computed(folder: Path, tmp_path: Path, plan: dict, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        run(job(tmp_path / "out", **plan), builder=builder(), space=space(folder), serial=True, console=QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_profile_that_does_not_fit_this_host_is_said_at_once(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd.yaml").write_text("name: odd\nexpects: [no_such_flag]\n")
+    (tmp_path / "none.yaml").write_text("name: none\ndevice: os:name\n")
+    for name, told in (("odd", "expects a processor with no_such_flag"), ("none", "is no device")):
+        budget = job(tmp_path).devices[0].model_copy(update={"profile": str(tmp_path / f"{name}.yaml")})
+        with pytest.raises(UserError, match=told):
+            parts(job(tmp_path).model_copy(update={"devices": (budget,)}), builder=builder(), space=space(folder))
+
+
+def test_options_that_the_searcher_refuses_leave_no_journal(found, folder: Path, tmp_path: Path) -> None:
+    weights = found[1] / "baseline" / "weights.safetensors"
+    asked = job(tmp_path / "out", searcher="evolution", options={"population": 1})
+    asked = asked.model_copy(update={"model": ModelSource(builder="convnet", weights=str(weights))})
+    with pytest.raises(UserError, match="population >= 2"):
+        run(asked, builder=builder(), space=space(folder), serial=True, console=QUIET)
+    assert not (tmp_path / "out" / "journal.jsonl").exists()
+
+
+def test_check_looks_into_the_weights_file(folder: Path, tmp_path: Path) -> None:
+    tensors = builder().build({}).state_dict()
+    tensors["stem.conv.weight"] = tensors["stem.conv.weight"] * float("nan")
+    save_file(tensors, tmp_path / "nan.safetensors")
+    asked = job(tmp_path / "out").model_copy(
+        update={"model": ModelSource(builder="convnet", weights=str(tmp_path / "nan.safetensors"))}
+    )
+    with pytest.raises(UserError, match=r"stem\.conv\.weight holds numbers that are not finite"):
+        estimate(asked, parts(asked, builder=builder(), space=space(folder)))
+
+
+def test_a_cluster_that_does_not_answer_is_said_within_seconds(folder: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"no Ray cluster can be used at 127\.0\.0\.1:9"):
+        run(job(tmp_path / "o"), builder=builder(), space=space(folder), address="127.0.0.1:9", console=QUIET)
+    assert time.monotonic() - began < 15
+    assert not (tmp_path / "o" / "baseline").exists()
+
+
+def test_a_run_killed_while_its_journal_began_goes_on_or_starts_again(found, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "baseline").mkdir(parents=True)
+    (out / "journal.jsonl").write_bytes(b'{"number":0,"st')
+    kept = out / "baseline" / "weights.safetensors"
+    kept.write_bytes(b"a parent of another job, given up")
+    weights = str(found[1] / "baseline" / "weights.safetensors")
+    asked = job(out, cost=Cost(trials=1, minutes=5))
+    asked = asked.model_copy(update={"model": ModelSource(builder="convnet", weights=weights)})
+    summary = run(asked, builder=builder(), space=space(folder), serial=True, console=QUIET)
+    assert summary.trials == 1
+    assert kept.read_bytes() == Path(weights).read_bytes()
+
+
+def test_a_damaged_job_file_is_told_by_its_keys(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text('{"task": 5}')
+    with pytest.raises(UserError, match=r"job\.json: task: must be text") as error:
+        resume(tmp_path, serial=True, console=QUIET)
+    assert "pydantic" not in str(error.value)
+    (tmp_path / "job.json").write_text("{")
+    with pytest.raises(UserError, match="is no JSON"):
+        resume(tmp_path, serial=True, console=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"devices": [{"profil": "local-1t"}]}, "devices[0].profil: unknown key; did you mean 'profile'?"),
+        ({"devices": "local-1t"}, 'devices: must be a list, not "local-1t"'),
+        ({"devices": ["local-1t"]}, "devices[0]: must be a mapping of keys"),
+        ({"quality": {"max_drop": 0.1, "min": 0.9}}, "quality: give exactly one of"),
+        ({"seed": 2**32}, "search.seed: must be less than 4294967296"),
+        ({"trials": 0}, "search.cost.trials: must be greater than or equal to 1, not 0"),
+        ({"space": 5}, "space: must be a name, a path or a Space, not 5"),
+        ({"model": object()}, "is no builder"),
+        ({"task": object()}, "is no task"),
+    ],
+)
+def test_bad_arguments_in_python_are_user_errors(tmp_path: Path, change: dict, told: str) -> None:
+    good = {"model": "convnet", "task": "digits", "devices": [{"profile": "local-1t"}], "out": tmp_path / "out"}
+    with pytest.raises(UserError) as error:
+        autocompress.search(**{**good, **change}, serial=True, console=QUIET)
+    assert told in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_apply_says_what_is_wrong_before_it_trains(found, retrained: Path, tmp_path: Path) -> None:
+    summary, out = found
+    (winner,) = [*summary.winners.values(), *summary.closest.values()]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("not an artifact")
+    for arguments, told in (
+        ({"out": tmp_path / "mine"}, "holds something else than an artifact"),
+        ({"out": tmp_path / "new", "max_drop": -1}, "max_drop: must be greater than or equal to 0"),
+        ({"out": tmp_path / "new", "task": object()}, "is no task"),
+    ):
+        with pytest.raises(UserError, match=told):
+            reuse.apply(out / winner.path, **{"weights": retrained, "model": builder(), **arguments})
+    assert not (tmp_path / "new").exists()

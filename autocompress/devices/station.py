@@ -18,7 +18,7 @@ from autocompress.devices.fingerprint import resolve_local, short
 from autocompress.devices.gate import Gate, HostLock
 from autocompress.devices.local import Unloadable
 from autocompress.devices.statistics import MIN_BLOCKS, NARROW, Window, width
-from autocompress.registry import resolve
+from autocompress.registry import call, genuine, resolve
 from autocompress.store import cache_dir, make_folder, write_atomic
 from autocompress.types import Profile, Reading, TrialFailure, UserError
 
@@ -50,7 +50,7 @@ class Station:
             raise UserError(f"no baseline model at {baseline}")
         self.plan, self.baseline = plan, baseline.resolve()
         self._profiles = {profile.name: resolve_local(profile) for profile in profiles}
-        self._make = device or (lambda profile: resolve("device", profile.device)(profile))
+        self._make = device or _plug_in
         self._devices = {name: self._make(profile) for name, profile in self._profiles.items()}
         self._cache = make_folder(cache or cache_dir(), "set AUTOCOMPRESS_CACHE to a folder that can be written")
         self._baseline_key = baseline_key or _sha(self.baseline.read_bytes())
@@ -206,6 +206,12 @@ class Station:
     def _keep(self, place: tuple[Path, dict[str, Any]], found: dict[str, Any]) -> None:
         path, parts = place
         write_atomic(path, gzip.compress(json.dumps({"key": parts, **found}).encode(), 6, mtime=0))
+
+
+def _plug_in(profile: Profile) -> Device:
+    """The device that a profile names. Raises UserError where it is none or cannot be made."""
+    made = call("device", profile.device, resolve("device", profile.device), profile)
+    return genuine("device", profile.device, made)
 
 
 def measure_file(
