@@ -244,9 +244,20 @@ class _Draft:
             raise UserError(f"the first choice must be the parent's own, {_shown(parent[name])}")
         when = self._when(knob.when)
         for choice in knob.choices[1:]:
-            self.builder.build({key: values[0] for key, values in (when or {}).items()} | {name: choice})
+            self._build({key: values[0] for key, values in (when or {}).items()} | {name: choice})
         if when is not None:
             self.genes[name] = Gene(name=name, kind="arch", choices=knob.choices, when=when)
+
+    def _build(self, arch: dict[str, Choice]) -> None:
+        """Try a choice. Raises UserError, also for what a stranger's builder raises."""
+        try:
+            self.builder.build(arch)
+        except Exception as error:
+            if self.builder.name in registry.BUILT_IN["builder"] or isinstance(error, UserError):
+                raise
+            asked = ", ".join(f"{key} {_shown(value)}" for key, value in arch.items())
+            why = next(iter(str(error).splitlines()), "no message")
+            raise UserError(f"the builder cannot build {asked}: {type(error).__name__}: {why}") from error
 
     def add_row(self, row: Row) -> None:
         op: Op = registry.make("op", row.op)

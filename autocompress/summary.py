@@ -490,7 +490,9 @@ def _uncertified(trial: Trial, goal: Goal, limit: Limit, space_: Space) -> Findi
     proof = Certificate(
         goal=goal.name,
         certified=False,
-        reason="not measured again: the search did not come to certification",
+        reason=found.reason
+        if trial.state is State.INFEASIBLE
+        else "not measured again: the search did not come to certification",
         budget_met=all(
             all(pareto.meets(found.readings[b.profile], b, found.size_mb.get(b.profile)).values()) for b in goal.budgets
         ),

@@ -326,6 +326,17 @@ def test_a_wrong_row_is_named_with_its_line(tmp_path, body, told):
     assert told in text.replace("arch.depth.choices:", "arch.depth: choices:")
 
 
+def test_what_a_strangers_builder_raises_is_one_line(tmp_path, monkeypatch):
+    def build(_self, arch):
+        raise ZeroDivisionError(f"{len(arch)} knob\nmore")
+
+    monkeypatch.setattr(Small, "build", build)
+    with pytest.raises(UserError) as caught:
+        space(tmp_path, "arch: {depth: [2, 1]}")
+    told = "mine.yaml:3: arch.depth: the builder cannot build depth 1: ZeroDivisionError: 1 knob"
+    assert str(caught.value).endswith(told)
+
+
 def test_a_space_of_another_builder_is_refused(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\nbuilder: large\n")

@@ -201,6 +201,7 @@ def test_a_budget_that_cannot_be_met_gives_the_closest(folder: Path, tmp_path: P
     assert not summary.winners
     assert summary.closest["local-1t"].number > 0
     assert summary.counts["infeasible"] == 2
+    assert summary.closest["local-1t"].reason.startswith("over every budget")
     assert not (tmp_path / "out" / "best").exists()
 
 
