@@ -203,6 +203,7 @@ def main() -> None:
     os.dup2(2, 1)  # what native code prints must not look like an answer
     lines = requests()
     setup = json.loads(lines.get())
+    inherited = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     # One pool for all sessions: with a pool each, one session's idle workers spin on the cores that the next one needs
     # (two threads, a small file beside a larger one, interleaved over alone: 1.17 with a pool each, 1.00 with one).
     shared_pool = setup["threads"] > 1 and hasattr(ort, "set_global_thread_pool_sizes")
@@ -216,7 +217,7 @@ def main() -> None:
         request = json.loads(lines.get())
         if request["cores"] != cores:
             cores = request["cores"]
-            keep_to(cores or range(os.cpu_count() or 1))
+            keep_to(cores or inherited)
         wanted: list[str] = request["models"]
         try:
             loaded = {path: old for path, old in loaded.items() if path in wanted and old.identity == identity(path)}
