@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from autocompress.devices.cores import plan_cores
+from autocompress.journal import began
 from autocompress.models.trace import count
 from autocompress.parent import load_parent
 from autocompress.parts import Parts, parts
@@ -40,6 +41,7 @@ class Estimate(Record):
     minutes: float
     disk_mb: float
     stations: str
+    held: bool = False  # `out` has a run already
 
     def __str__(self) -> str:
         """For the terminal."""
@@ -52,6 +54,11 @@ class Estimate(Record):
                 f"  machine   {self.workers} at a time; {self.stations}",
                 f"  time      about {self.minutes:.1f} min: {train}about {self.trials} trials of {self.trial_s:.0f} s",
                 f"  disk      up to {self.disk_mb:.0f} MB while it runs",
+                *(
+                    ["  out       holds a run already: resume it, or choose another folder by --out"]
+                    if self.held
+                    else []
+                ),
             ]
         )
 
@@ -91,7 +98,8 @@ def estimate(job: Job, made: Parts | None = None) -> Estimate:
     minutes = (START_S + parent_s + trials * pace + FINALS_S) / 60
     disk = 1.0 + parameters * 4 / 1e6 * (2 + trials * 2 * CHILD)
     return Estimate(
-        job=Path(job.out).name,
+        job=f"{job.task} · {job.model.builder} · {job.search.searcher}",
+        held=began(Path(job.out) / "journal.jsonl"),
         candidates=cardinality(made.space),
         genes=len(made.space.genes),
         parameters=parameters,

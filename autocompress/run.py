@@ -104,6 +104,7 @@ def run(
     """
     out = Path(job.out)
     made = parts(job, task=task, builder=builder, space=space)
+    plan_cores(made.profiles)  # a host that is too small is said before anything is written
     if began(out / "journal.jsonl"):
         raise UserError(f"{out} holds another run: `autocompress resume {out}`, or choose another folder by --out")
     make_folder(out, "choose another folder by --out")
