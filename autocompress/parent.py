@@ -24,6 +24,7 @@ from autocompress.tasks import Task
 from autocompress.train import Training
 from autocompress.types import Facts, Limit, Outcome, QualityLimit, Reading, TrialFailure, UserError
 
+PROBE_STEPS, SLICE_STEPS = 3, 12  # of training, between choices of the number of threads
 BASELINE_S = 0.8  # seconds per device: every later reading takes the baseline along
 MODEL, WEIGHTS = "model.onnx", "weights.safetensors"  # in OUT/baseline
 
@@ -74,10 +75,29 @@ def train_parent(module: nn.Module, task: Task, epochs: float, seed: int) -> nn.
     """Train the parent from scratch, with all threads that torch has."""
     training = Training(module, task, epochs=epochs, seed=seed)
     try:
-        training.run_to(1.0)
+        run_through(training, torch.get_num_threads())
     except TrialFailure as failure:
         raise UserError(f"training the uncompressed model: {failure}; give trained `weights` for `model`") from failure
     return module.eval()
+
+
+def run_through(training: Training, most: int) -> int:
+    """Train to the end with `most` threads or with one, whichever is faster at the time; returns the last choice.
+
+    Where other processes want the cores too, threads that wait for one another take ten times as long as one alone.
+    """
+    took: dict[int, float] = {}  # seconds per step, latest
+    threads, step = most, 0
+    while step < training.total:
+        untried = [n for n in (most, 1) if n not in took]
+        threads = untried[0] if untried else min(took, key=lambda n: took[n])
+        torch.set_num_threads(threads)
+        until = min(step + (PROBE_STEPS if untried else SLICE_STEPS), training.total)
+        found = training.run_to(until / training.total)
+        took[threads] = found["seconds"] / max(found["steps"], 1.0)
+        step = until
+    torch.set_num_threads(most)
+    return threads
 
 
 def make_parent(parts: Parts, folder: Path, say: Callable[[str], None]) -> nn.Module:

@@ -20,7 +20,7 @@ from autocompress.devices.station import Station
 from autocompress.finals import SESSIONS
 from autocompress.models import Builder
 from autocompress.models.trace import count
-from autocompress.parent import export_baseline, floor, load_parent
+from autocompress.parent import export_baseline, floor, load_parent, run_through
 from autocompress.parts import make_ops
 from autocompress.pipeline import (
     Release,
@@ -219,7 +219,7 @@ def _renew(
         say("deciding again on the new weights")
         shaped = shape(work, candidate)
         say(f"fine-tuning for {work.epochs:g} epochs")
-        training(work, shaped.module, candidate.policy, manifest.seed).run_to(1.0)
+        run_through(training(work, shaped.module, candidate.policy, manifest.seed), torch.get_num_threads())
         releases = release(work, shaped.module, candidate.policy)
         say("measuring")
         with tempfile.TemporaryDirectory() as folder:
