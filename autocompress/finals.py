@@ -12,7 +12,7 @@ import torch
 
 from autocompress import artifact, certify, export, pareto
 from autocompress.devices.station import Station
-from autocompress.models.trace import count
+from autocompress.models.trace import thop_count
 from autocompress.parent import Baseline
 from autocompress.parts import Parts
 from autocompress.pipeline import Work, qualities, release
@@ -228,7 +228,7 @@ class Finals:
             }
         except TrialFailure as failure:
             return Arm(name="int8", why=str(failure))
-        macs, parameters = count(self.work.parent, torch.zeros(1, *self.work.task.input.shape))
+        macs, parameters = thop_count(self.work.parent, torch.zeros(1, *self.work.task.input.shape))
         return Arm(
             name="int8",
             ran=True,

@@ -16,7 +16,7 @@ from autocompress import export
 from autocompress.artifact import versions
 from autocompress.devices.fingerprint import short
 from autocompress.devices.station import Station
-from autocompress.models.trace import count
+from autocompress.models.trace import thop_count
 from autocompress.parts import Parts
 from autocompress.pipeline import Work, export_float, weights_of
 from autocompress.store import write_atomic
@@ -145,7 +145,7 @@ def measure_baseline(parts: Parts, work: Work, station: Station, folder: Path, k
         prints[short(host)] = host
         readings[profile.name] = station.measure(profile.name, path, key, BASELINE_S)
     size = len(model) / 1e6
-    macs, parameters = count(work.parent, torch.zeros(1, *work.task.input.shape))
+    macs, parameters = thop_count(work.parent, torch.zeros(1, *work.task.input.shape))
     facts = Facts(
         sites=parts.builder.sites(),
         baseline=readings,

@@ -21,7 +21,7 @@ from torch import nn
 
 from autocompress import export as exporting
 from autocompress.models import Builder
-from autocompress.models.trace import count
+from autocompress.models.trace import thop_count
 from autocompress.ops import Op, Phase
 from autocompress.pareto import over_every_budget
 from autocompress.tasks import Predict, Task
@@ -389,7 +389,7 @@ class _Path:
 
     def describe(self, shaped: Shaped) -> None:
         example = torch.zeros(1, *self.work.task.input.shape)
-        macs, parameters = count(shaped.module, example)
+        macs, parameters = thop_count(shaped.module, example)
         self.facts |= {"macs": macs, "parameters": parameters, "notes": notes_of(shaped.receipts)}
 
     def sizes(self, releases: Mapping[str, Release]) -> None:

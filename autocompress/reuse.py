@@ -19,7 +19,7 @@ from autocompress.devices.cores import plan_cores
 from autocompress.devices.station import Station
 from autocompress.finals import SESSIONS
 from autocompress.models import Builder
-from autocompress.models.trace import count
+from autocompress.models.trace import thop_count
 from autocompress.parent import export_baseline, floor, load_parent, run_through
 from autocompress.parts import make_ops
 from autocompress.pipeline import (
@@ -259,7 +259,7 @@ def _judge(
         readings = {profile.name: station.measure(profile.name, path, key) for profile in work.profiles}
     finally:
         station.close()
-    macs, parameters = count(work.parent, torch.zeros(1, *work.task.input.shape))
+    macs, parameters = thop_count(work.parent, torch.zeros(1, *work.task.input.shape))
     before = artifact.BaselineFigures(
         selection=selection,
         test=work.task.quality(predict, "test"),
@@ -292,7 +292,7 @@ def _write(
     proof: certify.Certificate,
 ) -> None:
     old = read.manifest
-    macs, parameters = count(shaped.module, torch.zeros(1, *work.task.input.shape))
+    macs, parameters = thop_count(shaped.module, torch.zeros(1, *work.task.input.shape))
     variant = {profile.name: profile.numeric.variant for profile in work.profiles}
     names = {variant[profile]: name for profile, name in old.models.items()}
     artifact.write(
