@@ -396,10 +396,13 @@ class _Run:
         test = None
         try:
             with self.stage("certify"):
-                for goal in self.parts.goals:
+                # The goal of all devices first: what holds on all of them holds on each.
+                for goal in sorted(self.parts.goals, key=lambda goal: -len(goal.budgets)):
                     self.live.stage(f"certifying finalists for {goal.name}")
-                    found = finals.decide(trials, goal, goal.name)
+                    proven = {finding.number for finding in findings if finding.certificate.certified}
+                    found = finals.decide(trials, goal, goal.name, tuple(t for t in trials if t.number in proven))
                     findings += [found] if found is not None else []
+                findings.sort(key=lambda finding: [goal.name for goal in self.parts.goals].index(finding.goal))
             with self.stage("arms"):
                 self.live.stage("control arms and the test split")
                 test = finals.baseline_test()
