@@ -25,7 +25,7 @@ from autocompress.train import Training
 from autocompress.types import Facts, Limit, Outcome, QualityLimit, Reading, TrialFailure, UserError
 
 PROBE_STEPS, SLICE_STEPS = 3, 12  # of training, between choices of the number of threads
-BASELINE_S = 0.8  # seconds per device: every later reading takes the baseline along
+BASELINE_S = 0.5  # seconds per device: every later reading takes the baseline along
 MODEL, WEIGHTS = "model.onnx", "weights.safetensors"  # in OUT/baseline
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
 
 from autocompress.tasks import Task
-from autocompress.tasks.digits import Digits, augment
+from autocompress.tasks.digits import Digits, augment, read_digits
 from autocompress.tasks.intervals import wilson
 from autocompress.types import UserError
 from examples.my_task import EvenDigits
@@ -126,3 +127,10 @@ def test_keeps_the_contract(task):
     assert quality.value.low <= quality.value.value <= quality.value.high
     with pytest.raises(UserError):
         next(task.batches("no such split", 4))
+
+
+def test_the_digits_are_scikit_learns():
+    images, labels = read_digits()
+    wanted, digits = load_digits(return_X_y=True)
+    assert (images == wanted).all()
+    assert (labels == digits).all()
