@@ -143,7 +143,7 @@ def measure_baseline(parts: Parts, work: Work, station: Station, folder: Path, k
     for profile in parts.profiles:
         host = station.fingerprint(profile.name)
         prints[short(host)] = host
-        readings[profile.name] = station.measure(profile.name, path, key, BASELINE_S)
+        readings[profile.name] = station.measure(profile.name, path, key, BASELINE_S, again=False)
     size = len(model) / 1e6
     macs, parameters = thop_count(work.parent, torch.zeros(1, *work.task.input.shape))
     facts = Facts(

@@ -163,9 +163,9 @@ class RemoteFiles(Remote):
 class RemoteStation(Remote):
     """A station in its own process; other methods than `measure` through `call`."""
 
-    def measure(self, profile_name: str, model: bytes, *args: Any, **named: Any) -> Reading:
+    def measure(self, profile_name: str, model: bytes, key: str = "", **named: Any) -> Reading:
         """Latency of an ONNX file, given as bytes, on a profile's device."""
-        return self.call("measure", profile_name, model, *args, **named)
+        return self.call("measure", profile_name, model, *([key] if key else []), **named)
 
 
 # --- a trial in its worker --------------------------------------------------------------------------------------------

@@ -63,13 +63,21 @@ class Station:
         self._device(profile_name)
         return self._hosts[profile_name]
 
-    def measure(self, profile_name: str, model: bytes | Path, key: str | None = None, seconds: float = 1.0) -> Reading:
+    def measure(
+        self,
+        profile_name: str,
+        model: bytes | Path,
+        key: str | None = None,
+        seconds: float = 1.0,
+        *,
+        again: bool = True,
+    ) -> Reading:
         """A reading from the cache or a new one.
 
         `key` says what decides the latency of the model (a weight-free graph hash); without it the file's sha256
         does. `seconds` bounds the timing, not the loading; a very slow model takes longer, since fewer than eight
-        blocks give no interval. A noisy reading is taken again with twice the time, then returned with `noisy` set
-        and not kept. Raises TrialFailure if the model cannot be loaded or run.
+        blocks give no interval. A noisy reading is taken `again` with twice the time, then returned with `noisy`
+        set and not kept. Raises TrialFailure if the model cannot be loaded or run.
         """
         place = self._place(profile_name, key or _sha(model if isinstance(model, bytes) else model.read_bytes()))
         if (known := self._recall(place, profile_name)) is not None:
@@ -78,7 +86,7 @@ class Station:
             if (known := self._recall(place, profile_name)) is not None:
                 return known  # somebody measured it while we waited
             try:
-                window, reading = self._take(self._device(profile_name), profile_name, path, seconds)
+                window, reading = self._take(self._device(profile_name), profile_name, path, seconds, again)
             except Unloadable as refusal:
                 self._keep(place, {"failure": str(refusal)})
                 raise
@@ -147,11 +155,13 @@ class Station:
         finally:
             path.unlink(missing_ok=True)
 
-    def _take(self, device: Device, profile_name: str, model: Path, seconds: float) -> tuple[Window, Reading]:
+    def _take(
+        self, device: Device, profile_name: str, model: Path, seconds: float, again: bool = True
+    ) -> tuple[Window, Reading]:
         """Time it, and once more with twice the seconds if that was noisy."""
         cores, began = self._cores(profile_name), time.perf_counter()
         window = self._window(device, model, seconds, cores)
-        if window.noisy:
+        if window.noisy and again:
             window = self._window(device, model, 2 * seconds, cores)
         reading = window.reading(
             profile_name,
