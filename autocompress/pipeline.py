@@ -23,7 +23,7 @@ from autocompress import export as exporting
 from autocompress.models import Builder
 from autocompress.models.trace import thop_count
 from autocompress.ops import Op, Phase
-from autocompress.pareto import over_every_budget
+from autocompress.pareto import meets, over_every_budget
 from autocompress.tasks import Predict, Task
 from autocompress.train import Training, reestimate_batchnorm
 from autocompress.types import (
@@ -407,7 +407,10 @@ class _Path:
         self.facts["size_mb"] = {p.name: releases[p.numeric.variant].size_mb for p in self.work.profiles}
 
     def time(self, releases: Mapping[str, Release], *, final: bool = False) -> None:
-        """Measure what has no firm reading for its graph yet; a noisy one is taken again at the end, then refused."""
+        """Measure what has no firm reading for its graph yet.
+
+        A noisy one is taken again at the end, and then refused unless the noise leaves no doubt about the budget.
+        """
         self.sizes(releases)
         for profile in self.work.profiles:
             release_ = releases[profile.numeric.variant]
@@ -418,11 +421,16 @@ class _Path:
             for _ in range(PERSISTENCE if final else 0):
                 if reading.noisy:
                     reading = self.reading(profile.name, release_, again=True)
-            if reading.noisy and final:
+            if reading.noisy and final and not self.settled(reading):
                 low, high = reading.ratio.low, reading.ratio.high
                 raise TrialFailure(f"{profile.name}: reading too noisy, ratio between {low:.3f} and {high:.3f}")
             self.readings = {**self.readings, profile.name: reading}
             self.keys[profile.name] = release_.key
+
+    def settled(self, reading: Reading) -> bool:
+        """Whether both ends of a noisy reading's interval say the same of its budget: then noise changes nothing."""
+        budgets = [budget for budget in self.evaluator.budgets if budget.profile == reading.profile]
+        return bool(budgets) and all(meets(reading, b, None) == meets(at_best(reading), b, None) for b in budgets)
 
     def reading(self, profile: str, item: Release, *, again: bool) -> Reading:
         with self.stage("measure", working=False):

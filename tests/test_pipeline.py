@@ -224,11 +224,28 @@ def test_a_noisy_reading_is_taken_again_and_then_refused(work: Work, tmp_path) -
             return super().__call__(profile_name, model, key).model_copy(update={"noisy": True})
 
     clock = Restless()
-    budgets = [Budget(profile="one", latency_ms=10)]
+    budgets = [Budget(profile="two", latency_ms=10)]  # nothing is asked of the first: a noisy reading settles nothing
     *_, (state, outcome) = Evaluator(work, budgets, Store(tmp_path), clock).evaluate(assignment())
     assert state is State.FAILED
     assert "too noisy" in outcome.reason
     assert [profile for profile, _ in clock.asked] == ["one", "two", "signed", "one", "one"]
+
+
+def test_noise_that_leaves_no_doubt_about_the_budget_does_not_cost_a_trained_trial(work: Work, tmp_path) -> None:
+    class Restless(Clock):
+        def __call__(self, profile_name: str, model: bytes, key: str, *, again: bool = True) -> Reading:
+            wide = Interval(value=0.1, low=0.08, high=0.12)
+            found = super().__call__(profile_name, model, key)
+            return found.model_copy(update={"noisy": True, "ms": wide, "ratio": wide})
+
+    budgets = [Budget(profile=profile.name, speedup=3) for profile in PROFILES]
+    *_, (state, outcome) = Evaluator(work, budgets, Store(tmp_path), Restless()).evaluate(assignment())
+    assert state is State.DONE
+    assert outcome.readings["one"].noisy
+    close = [Budget(profile=profile.name, speedup=10) for profile in PROFILES]
+    *_, (state, outcome) = Evaluator(work, close, Store(tmp_path), Restless()).evaluate(assignment())
+    assert state is State.FAILED
+    assert "too noisy" in outcome.reason
 
 
 def test_a_noisy_reading_is_infeasible_only_if_its_better_end_is_over_the_budget() -> None:
