@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,6 +163,8 @@ class Finals:
         }
         path = Path("best" if proof.certified else "closest") / folder
         self.write(self.out / path, goal, trial, proof, files, test)
+        if proof.certified:  # the closest of an earlier end of this run is answered
+            shutil.rmtree(self.out / "closest" / folder, ignore_errors=True)
         return Finding(
             goal=goal.name,
             number=trial.number,

@@ -396,6 +396,7 @@ class _Run:
         test = None
         try:
             with self.stage("certify"):
+                test = finals.baseline_test()  # before the artifacts, whose manifests hold it
                 # The goal of all devices first: what holds on all of them holds on each.
                 for goal in sorted(self.parts.goals, key=lambda goal: -len(goal.budgets)):
                     self.live.stage(f"certifying finalists for {goal.name}")
@@ -404,8 +405,7 @@ class _Run:
                     findings += [found] if found is not None else []
                 findings.sort(key=lambda finding: [goal.name for goal in self.parts.goals].index(finding.goal))
             with self.stage("arms"):
-                self.live.stage("control arms and the test split")
-                test = finals.baseline_test()
+                self.live.stage("the control arm")
                 arms.append(finals.int8_arm())
         except KeyboardInterrupt:
             state = "interrupted"

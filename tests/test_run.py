@@ -71,6 +71,7 @@ def test_the_winner_is_certified_and_runs_with_numpy_alone(found) -> None:
     folder = out / winner.path
     read = artifact.read(folder)
     assert read.manifest.test["local-1t"].split == "test"
+    assert read.manifest.baseline.test is not None
     assert read.manifest.certificate.sessions == {"local-1t": 3}
     image = np.load(_digit(out), allow_pickle=False)
     printed = subprocess.run(
