@@ -67,6 +67,11 @@ def header(journal: Journal) -> Header:
         raise UserError(f"{journal.path}, line 1: {where}: {first['msg']}; restore the file from a copy") from error
 
 
+def trial_seed(seed: int, number: int) -> int:
+    """The seed of everything random in a trial: the same when its policy is applied again."""
+    return (seed * 1_000_003 + number) % 2**31
+
+
 class Evaluator(Protocol):
     """Evaluates one assignment after another."""
 
@@ -290,7 +295,7 @@ class Controller:
             rungs=self.plan.fidelity.rungs,
             start=trial.rung + 1,
             checkpoint=trial.outcome.files.get("checkpoint"),
-            seed=(self.plan.seed * 1_000_003 + trial.number) % 2**31,
+            seed=trial_seed(self.plan.seed, trial.number),
         )
 
     def _close(self, trial: Trial) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from autocompress import artifact, certify, export, reader, registry
 from autocompress.artifact import Artifact
+from autocompress.controller import trial_seed
 from autocompress.devices.cores import plan_cores
 from autocompress.devices.station import Station
 from autocompress.finals import SESSIONS
@@ -214,12 +215,13 @@ def _renew(
     parent = load_parent(made.builder.build({}), weights)
     work = _work(read, made, parent)
     candidate = Candidate(arch=policy.arch, policy=policy.policy)
-    torch.manual_seed(manifest.seed)
+    seed = trial_seed(manifest.seed, manifest.number)
+    torch.manual_seed(seed)
     try:
         say("deciding again on the new weights")
         shaped = shape(work, candidate)
         say(f"fine-tuning for {work.epochs:g} epochs")
-        run_through(training(work, shaped.module, candidate.policy, manifest.seed), torch.get_num_threads())
+        run_through(training(work, shaped.module, candidate.policy, seed), torch.get_num_threads())
         releases = release(work, shaped.module, candidate.policy)
         say("measuring")
         with tempfile.TemporaryDirectory() as folder:
