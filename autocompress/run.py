@@ -246,8 +246,13 @@ class _Run:
             title=f"{self.parts.job.task} · {self.parts.job.model.builder} · {self.parts.job.search.searcher}",
         )
         self.live = live.Live(progress, self.console, quiet=self.console.quiet)
-        with self.live, telling(self.live):
-            found, report_path = self.inside()
+        try:
+            with self.live, telling(self.live):
+                found, report_path = self.inside()
+        except KeyboardInterrupt:
+            if not self.console.quiet:
+                self.console.print(f"stopped; `autocompress resume {self.out}` goes on from here", highlight=False)
+            raise
         if not self.console.quiet:
             live.show_result(self.console, found, self.out, report_path)
         return found
