@@ -40,6 +40,7 @@ from ray.tune.search import Searcher as TuneSearcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autocompress.controller import Controller, Evaluator, steps
+from autocompress.devices.cores import keep_to
 from autocompress.journal import Event
 from autocompress.store import Store
 from autocompress.types import Assignment, Outcome, Reading, State, TrialFailure, UserError
@@ -195,7 +196,7 @@ class _Worker(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._close()
-        pin(self._cores)
+        keep_to(self._cores)
         if self._evaluator is not None:
             assignment = Assignment.model_validate_json(new_config["assignment"])
             self._work = steps(self._evaluator, assignment, self._keep.put if self._keep else None)
@@ -222,15 +223,6 @@ class _Worker(tune.Trainable):
         if self._work is not None:
             self._work.close()
             self._work = None
-
-
-def pin(cores: Sequence[int]) -> None:
-    """Keep every thread of this process on `cores`; nothing where none are given or affinity is not supported."""
-    if not cores or sys.platform != "linux":
-        return
-    for thread in Path("/proc/self/task").iterdir():
-        with suppress(ProcessLookupError):  # a thread that has just ended
-            os.sched_setaffinity(int(thread.name), cores)
 
 
 # --- Tune's side of the driver ------------------------------------------------------------------------------------
@@ -595,8 +587,8 @@ class Session(AbstractContextManager["Session"]):
         if threading.current_thread() is threading.main_thread():
             self._undo.append(partial(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM)))
         if self.cores and sys.platform == "linux":
-            self._undo.append(partial(pin, sorted(os.sched_getaffinity(0))))
-            pin(self.cores)
+            self._undo.append(partial(keep_to, sorted(os.sched_getaffinity(0))))
+            keep_to(self.cores)
 
     def _start(self) -> None:
         common: dict[str, Any] = {

@@ -20,7 +20,7 @@ from torch import nn
 from autocompress import live, pareto, ray_tune, reader, report, summary
 from autocompress.artifact import versions
 from autocompress.controller import Controller, Header, header, run_serial
-from autocompress.devices.cores import CorePlan, plan_cores
+from autocompress.devices.cores import CorePlan, keep_to, plan_cores
 from autocompress.devices.gate import Gate
 from autocompress.devices.station import Station
 from autocompress.finals import FINALISTS, Finals
@@ -269,7 +269,7 @@ class _Run:
             store = Store(self.out / "work")
             sha = store.put((self.out / "baseline" / WEIGHTS).read_bytes())
             # From here on driver, trainers and everything they start leave the station's cores alone.
-            ray_tune.pin(plan.trainers)
+            keep_to(plan.trainers)
             torch.set_num_threads(max(1, len(plan.trainers) or (os.cpu_count() or 1)))
             work = make_work(self.parts, parent)
             self.live.stage("exporting the baseline")

@@ -21,7 +21,7 @@ import autocompress
 from autocompress import artifact, journal, reuse
 from autocompress.estimate import estimate
 from autocompress.parts import parts
-from autocompress.pipeline import weights_of
+from autocompress.pipeline import Checkpoint, weights_of
 from autocompress.run import fold, resume, run
 from autocompress.tasks.digits import Digits
 from autocompress.train import Training
@@ -101,11 +101,27 @@ def test_the_one_shot_int8_arm_stands_beside_the_winner_and_missing_arms_are_nam
 def test_the_work_folder_keeps_only_what_is_needed(found) -> None:
     _, out = found
     kept = {path.name for path in (out / "work").glob("??/*")}
-    finalists = [event for event in lines(out) if event["state"] == "done" and event["number"] > 0]
-    named = {sha for event in finalists for sha in event["outcome"]["files"].values()}
-    stopped = [e for e in lines(out) if e["state"] == "stopped"]
-    assert kept <= named | {sha for e in stopped for sha in e["outcome"]["files"].values()} | kept
-    assert {sha for e in finalists for role, sha in e["outcome"].get("files", {}).items()} & kept
+    last = {event["number"]: event for event in lines(out) if event["number"] > 0}
+    files = {number: set(event["outcome"].get("files", {}).values()) for number, event in last.items()}
+    waiting = [number for number, event in last.items() if event["state"] == "stopped"]
+    (winner,) = [one.number for one in (*found[0].winners.values(), *found[0].closest.values())]
+    assert files[winner]
+    assert files[winner] <= kept
+    assert set().union(*(files[number] for number in waiting)) <= kept  # a longer search may go on with them
+    behind = {
+        sha
+        for event in lines(out)
+        if event["state"] == "rung" and last[event["number"]]["state"] == "done"
+        for sha in event["outcome"]["files"].values()
+    }
+    assert behind
+    assert not behind & kept  # checkpoints of trials that are fully trained
+    trained = {
+        Checkpoint.model_validate_json((out / "work" / s[:2] / s).read_bytes()).training
+        for n in waiting
+        for s in files[n]
+    }
+    assert kept <= set().union(*files.values(), trained)
 
 
 def test_an_out_that_holds_a_run_is_refused_and_left_alone(found, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,14 +66,17 @@ def plan_cores(profiles: Sequence[Profile], cores: Cores | None = None) -> CoreP
 
 
 def keep_to(cores: Sequence[int]) -> None:
-    """Keep this process on these cores: all its threads, and what it starts later. Nothing happens for none.
+    """Keep this process on these cores: all its threads, and what it starts later.
+
+    Nothing happens for none, or where the system cannot do it.
 
     Trainers, Ray's processes and the driver call it with `plan.trainers`, after `plan_cores`, which must see all.
     """
-    if not cores:
+    if not cores or not hasattr(os, "sched_setaffinity"):
         return
     for thread in psutil.Process().threads():
-        os.sched_setaffinity(thread.id, cores)
+        with suppress(ProcessLookupError):  # a thread that has just ended
+            os.sched_setaffinity(thread.id, cores)
 
 
 def _choose(cores: Cores, threads: int) -> tuple[int, ...]:
