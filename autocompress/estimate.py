@@ -11,7 +11,7 @@ import torch
 
 from autocompress.devices.cores import plan_cores
 from autocompress.journal import began
-from autocompress.models.trace import thop_count
+from autocompress.models.trace import examples, thop_count
 from autocompress.parent import load_parent
 from autocompress.parts import Parts, parts
 from autocompress.space import cardinality
@@ -78,7 +78,7 @@ def estimate(job: Job, made: Parts | None = None) -> Estimate:
     module = made.builder.build({})
     if job.model.weights is not None:
         load_parent(module, Path(job.model.weights))
-    macs, parameters = thop_count(module, torch.zeros(1, *made.task.input.shape))
+    macs, parameters = thop_count(module, examples(made.task.input))
     training = Training(module, made.task, epochs=1.0, seed=0)
     seconds = step_seconds(training)
     epochs = job.model.epochs if job.model.weights is None else 0.0

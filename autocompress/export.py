@@ -27,7 +27,8 @@ from torch import nn
 from torch.jit._trace import TracerWarning
 
 from autocompress.graph import graph_hash, open_session, opset_of, rename, replace, settle, strip
-from autocompress.tasks import InputSpec, Predict
+from autocompress.models.trace import examples
+from autocompress.tasks import InputSpec, Predict, several
 from autocompress.types import TrialFailure, UserError
 
 __all__ = ["Exported", "Exporter", "Part", "compose", "export", "graph_hash", "parity", "predictor"]
@@ -57,14 +58,16 @@ class Exported:
     parts: tuple[Part, ...]
     opset: int
     exporter: Exporter
+    learned: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    """Ranges that training has found: site -> {"input": (low, high), "output": (low, high)}."""
 
 
 def export(module: nn.Module, spec: InputSpec, *, opset: int, exporter: Exporter = "torchscript") -> Exported:
-    """Write `module` in evaluation mode, one input and one output, both with a symbolic first axis `batch`.
+    """Write `module` in evaluation mode; the first axis of every input and output is the symbolic `batch`.
 
     The module's modes are as before afterwards. Raises TrialFailure, with the exporter's own words, if it cannot.
     """
-    example = torch.zeros(2, *spec.shape, dtype=getattr(torch, spec.dtype))
+    example = examples(spec, 2)
     modes = {part: part.training for part in module.modules()}
     # training leaves weights in channels-last order, from which the dynamo exporter writes another, slower graph
     layouts = [(weight, weight.data) for weight in module.parameters() if weight.ndim > 3]
@@ -82,7 +85,7 @@ def export(module: nn.Module, spec: InputSpec, *, opset: int, exporter: Exporter
             # torch 2.13's dynamo exporter calls what its own pytree deprecates
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             write = _with_torchscript if exporter == "torchscript" else _with_dynamo
-            model = write(module, example, spec.name, opset)
+            model = write(module, example, [one.name for one in spec.every], opset)
     except (TrialFailure, UserError):
         raise
     except Exception as error:
@@ -93,7 +96,7 @@ def export(module: nn.Module, spec: InputSpec, *, opset: int, exporter: Exporter
             weight.data = data
         for part, mode in modes.items():
             part.training = mode
-    settle(model, example.numpy())
+    settle(model, {one.name: value.numpy() for one, value in zip(spec.every, example, strict=True)})
     sites = _match(model, calls, dict(module.named_parameters()))
     nodes = _with_containers(rename(model, sites))
     if (written := opset_of(model)) != opset:
@@ -110,23 +113,37 @@ def _line(error: BaseException) -> str:
 # --- the two exporters ------------------------------------------------------------------------------------------
 
 
-def _with_torchscript(module: nn.Module, example: torch.Tensor, name: str, opset: int) -> onnx.ModelProto:
+def _with_torchscript(
+    module: nn.Module, example: tuple[torch.Tensor, ...], inputs: list[str], opset: int
+) -> onnx.ModelProto:
     file = BytesIO()
-    axes = {name: {0: "batch"}, "output": {0: "batch"}}
-    names = {"input_names": [name], "output_names": ["output"], "dynamic_axes": axes}
+    outputs = _output_names(module, example)
+    axes = {name: {0: "batch"} for name in (*inputs, *outputs)}
+    names = {"input_names": inputs, "output_names": outputs, "dynamic_axes": axes}
     target: Any = file  # accepted, though torch's annotation has paths alone
-    torch.onnx.export(module, (example,), target, dynamo=False, opset_version=opset, **names)
+    torch.onnx.export(module, example, target, dynamo=False, opset_version=opset, **names)
     return onnx.load_model_from_string(file.getvalue())
 
 
-def _with_dynamo(module: nn.Module, example: torch.Tensor, name: str, opset: int) -> onnx.ModelProto:
-    names = {"input_names": [name], "output_names": ["output"], "dynamic_shapes": ({0: "batch"},)}
+def _with_dynamo(
+    module: nn.Module, example: tuple[torch.Tensor, ...], inputs: list[str], opset: int
+) -> onnx.ModelProto:
+    outputs = _output_names(module, example)
+    names: dict[str, Any] = {"input_names": inputs, "output_names": outputs}
+    names["dynamic_shapes"] = tuple({0: "batch"} for _ in example)
     program = torch.onnx.export(
-        module, (example,), dynamo=True, opset_version=max(opset, DYNAMO_OPSET), verbose=False, **names
+        module, example, dynamo=True, opset_version=max(opset, DYNAMO_OPSET), verbose=False, **names
     )
     if program is None:
         raise TrialFailure("export (dynamo) gave no program")
     return program.model_proto
+
+
+def _output_names(module: nn.Module, example: tuple[torch.Tensor, ...]) -> list[str]:
+    """`output`, or `output0`, `output1` ... where there are several."""
+    with torch.no_grad():
+        count = len(several(module(*example)))
+    return ["output"] if count == 1 else [f"output{index}" for index in range(count)]
 
 
 def _convert(model: onnx.ModelProto, written: int, opset: int) -> onnx.ModelProto:
@@ -147,7 +164,7 @@ class _Call:
     shapes: tuple[tuple[int, ...], ...]  # the weight, and as a matrix product wants it
 
 
-def _weighted_calls(module: nn.Module, example: torch.Tensor) -> list[_Call]:
+def _weighted_calls(module: nn.Module, example: tuple[torch.Tensor, ...]) -> list[_Call]:
     """Modules with a weight of two or more axes, in the order in which one forward pass calls them."""
     calls: list[_Call] = []
     handles: list[Any] = []
@@ -160,7 +177,7 @@ def _weighted_calls(module: nn.Module, example: torch.Tensor) -> list[_Call]:
         handles.append(part.register_forward_pre_hook(lambda *_, call=call: calls.append(call)))
     try:
         with torch.no_grad():
-            module(example)
+            module(*example)
     finally:
         for handle in handles:
             handle.remove()
@@ -246,8 +263,8 @@ def compose(exported: Exported) -> bytes:
     return whole.SerializeToString(deterministic=True)
 
 
-def parity(module: nn.Module, model: bytes, inputs: NDArray[Any]) -> float:
-    """Largest difference between file and module relative to the module's largest output.
+def parity(module: nn.Module, model: bytes, *inputs: NDArray[Any]) -> float:
+    """Largest difference between file and module relative to the module's largest output, the worst of all outputs.
 
     Relative, because a network whose batch-norm statistics are not estimated yet answers with about 1e-15, which any
     absolute tolerance passes. Raises TrialFailure above TOLERANCE, or if either answers with NaN, infinity or only
@@ -257,11 +274,17 @@ def parity(module: nn.Module, model: bytes, inputs: NDArray[Any]) -> float:
     module.eval()
     try:
         with torch.no_grad():
-            expected = module(torch.from_numpy(inputs)).float().numpy()
+            answers = several(module(*(torch.from_numpy(one) for one in inputs)))
     finally:
         for part, mode in modes.items():
             part.training = mode
-    found = predictor(model)(inputs)
+    found = several(predictor(model)(inputs))
+    if len(found) != len(answers):
+        raise TrialFailure(f"parity: the file has {len(found)} outputs, torch {len(answers)}")
+    return max(_disagreement(one, other.float().numpy()) for one, other in zip(found, answers, strict=True))
+
+
+def _disagreement(found: NDArray[Any], expected: NDArray[Any]) -> float:
     if found.shape != expected.shape:
         raise TrialFailure(f"parity: the file answers with shape {found.shape}, torch with {expected.shape}")
     largest = float(np.abs(expected).max())
@@ -274,14 +297,16 @@ def parity(module: nn.Module, model: bytes, inputs: NDArray[Any]) -> float:
 
 
 def predictor(model: bytes, threads: int = 1) -> Predict:
-    """Run a file with onnxruntime: (n, ...) inputs to its first output (n, ...).
+    """Run a file with onnxruntime: inputs (n, ...) to its output (n, ...), tuples of them where there are several.
 
     Raises TrialFailure if it cannot load.
     """
     session = open_session(model, threads)
-    name = session.get_inputs()[0].name
+    names = [one.name for one in session.get_inputs()]
 
-    def predict(inputs: NDArray[Any]) -> NDArray[Any]:
-        return np.asarray(session.run(None, {name: np.ascontiguousarray(inputs)})[0])
+    def predict(inputs: Any) -> Any:
+        feed = {name: np.ascontiguousarray(one) for name, one in zip(names, several(inputs), strict=True)}
+        outputs = [np.asarray(one) for one in session.run(None, feed)]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     return predict

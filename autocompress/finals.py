@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from autocompress import artifact, certify, export, pareto
 from autocompress.devices.station import Station
-from autocompress.models.trace import thop_count
+from autocompress.models.trace import examples, thop_count
 from autocompress.parent import Baseline
 from autocompress.parts import Parts
 from autocompress.pipeline import Work, qualities, release
@@ -257,7 +255,7 @@ class Finals:
             }
         except TrialFailure as failure:
             return Arm(name="int8", why=str(failure))
-        macs, parameters = thop_count(self.work.parent, torch.zeros(1, *self.work.task.input.shape))
+        macs, parameters = thop_count(self.work.parent, examples(self.work.task.input))
         return Arm(
             name="int8",
             ran=True,

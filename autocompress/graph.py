@@ -25,7 +25,7 @@ TARGET = {"Reshape": 1, "Expand": 1, "Resize": 3}
 """Where a node takes the shape that it gives."""
 
 
-def settle(model: onnx.ModelProto, example: NDArray[Any]) -> None:
+def settle(model: onnx.ModelProto, example: Mapping[str, NDArray[Any]]) -> None:
     """Remove in place what the data do not decide: constant nodes, computed sizes, means that are pooling."""
     _inline_constants(model)
     _settle_targets(model, example)
@@ -52,7 +52,7 @@ def _inline_constants(model: onnx.ModelProto) -> None:
     replace(graph.node, kept)
 
 
-def _settle_targets(model: onnx.ModelProto, example: NDArray[Any]) -> None:
+def _settle_targets(model: onnx.ModelProto, example: Mapping[str, NDArray[Any]]) -> None:
     """Sizes that the file would compute from the batch's shape on every run become constants where they are constant.
 
     TorchScript writes ten small nodes per channel shuffle, both exporters four per resize. The sizes are read off at
@@ -72,12 +72,14 @@ def _settle_targets(model: onnx.ModelProto, example: NDArray[Any]) -> None:
     wanted = list(dict.fromkeys(name for node, place in asking for name in (node.input[place], node.input[0])))
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
-    replace(probe.graph.output, [onnx.ValueInfoProto(name=name) for name in wanted if name != graph.input[0].name])
+    replace(probe.graph.output, [onnx.ValueInfoProto(name=name) for name in wanted if name not in example])
     names = [output.name for output in probe.graph.output]
     probing = open_session(probe.SerializeToString())
     found: list[dict[str, NDArray[Any]]] = []
-    for inputs in (example, np.concatenate((example, example[:1]))):
-        feed = {graph.input[0].name: inputs}
+    longer = {name: np.concatenate((values, values[:1])) for name, values in example.items()}
+    used = {value.name for value in graph.input}  # an input that nothing reads is not in the file
+    for inputs in (example, longer):
+        feed = {name: values for name, values in inputs.items() if name in used}
         outputs: list[Any] = list(probing.run(names, feed))
         found.append({**feed, **dict(zip(names, outputs, strict=True))})
     for node, place in asking:

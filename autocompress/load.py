@@ -101,7 +101,7 @@ def job(path: Path | str, changes: Mapping[str, Any] | None = None) -> Job:
     look(("task",), "task", read.task)
     look(("model", "builder") if ("model", "builder") in lines else ("model",), "builder", read.model.builder)
     look(("search", "searcher"), "searcher", read.search.searcher)
-    space_name = look(("space",), None, read.space, shelves.SPACES)
+    space_name = read.space if read.space == "auto" else look(("space",), None, read.space, shelves.SPACES)
     devices = tuple(
         budget.model_copy(update={"profile": look(("devices", n, "profile"), None, budget.profile, shelves.PROFILES)})
         for n, budget in enumerate(read.devices)

@@ -16,7 +16,7 @@ from autocompress import export
 from autocompress.artifact import versions
 from autocompress.devices.fingerprint import short
 from autocompress.devices.station import Station
-from autocompress.models.trace import thop_count
+from autocompress.models.trace import examples, thop_count
 from autocompress.parts import Parts
 from autocompress.pipeline import Work, export_float, weights_of
 from autocompress.store import write_atomic
@@ -109,7 +109,7 @@ def make_parent(parts: Parts, folder: Path, say: Callable[[str], None]) -> nn.Mo
     if parts.job.model.weights is not None:
         say(f"loading {parts.job.model.weights}")
         load_parent(module, Path(parts.job.model.weights))
-    else:
+    elif parts.job.model.epochs > 0:
         say(f"training the uncompressed {parts.builder.name} for {parts.job.model.epochs:g} epochs")
         train_parent(module, parts.task, parts.job.model.epochs, parts.job.search.seed)
     write_atomic(kept, weights_of(module))
@@ -145,7 +145,7 @@ def measure_baseline(parts: Parts, work: Work, station: Station, folder: Path, k
         prints[short(host)] = host
         readings[profile.name] = station.measure(profile.name, path, key, BASELINE_S, again=False)
     size = len(model) / 1e6
-    macs, parameters = thop_count(work.parent, torch.zeros(1, *work.task.input.shape))
+    macs, parameters = thop_count(work.parent, examples(work.task.input))
     facts = Facts(
         sites=parts.builder.sites(),
         baseline=readings,

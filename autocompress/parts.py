@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autocompress import load, pareto, registry
+from torch import nn
+
+from autocompress import auto, load, pareto, registry
 from autocompress.controller import Header
 from autocompress.devices.fingerprint import check_expects, host, resolve_local
 from autocompress.models import Builder
+from autocompress.models.foreign import Foreign
 from autocompress.ops import Op
 from autocompress.searchers import Searcher
 from autocompress.shelves import suggest
-from autocompress.tasks import Task
+from autocompress.tasks import InputSpec, Task
 from autocompress.types import Budget, Goal, Job, Profile, SearchPlan, Space, UserError
 
 
@@ -36,22 +40,20 @@ class Parts:
         return tuple(dict.fromkeys([*(gene.op for gene in self.space.genes if gene.op), "quantize"]))
 
 
-def parts(job: Job, *, task: Task | None = None, builder: Builder | None = None, space: Space | None = None) -> Parts:
+def parts(
+    job: Job, *, task: Task | None = None, builder: Builder | nn.Module | None = None, space: Space | None = None
+) -> Parts:
     """Resolve a job; objects given take the place of its names.
 
     Raises UserError for unknown names, plug-ins that are none, options the searcher does not take, a space of another
     builder, a metric the task does not have, a profile that this host does not fit.
     """
-    data: Task = registry.make("task", job.task) if task is None else registry.genuine("task", job.task, task)
-    network: Builder = (
-        registry.make("builder", job.model.builder)
-        if builder is None
-        else registry.genuine("builder", job.model.builder, builder)
-    )
+    data = make_task(job.task, job.data) if task is None else registry.genuine("task", job.task, task)
+    network = make_builder(job.model.builder, data.input, job.model.options, given=builder)
     check_searcher(job.search)
     if job.quality.metric != data.metric:
         raise UserError(f"quality.metric: task {data.name!r} measures {data.metric!r}, not {job.quality.metric!r}")
-    genes = space or load.space(job.space, network)
+    genes = space or (auto.space(network, data) if job.space == auto.NAME else load.space(job.space, network))
     profiles, budgets = load.targets(job.devices)
     resolved = tuple(resolve_local(profile) for profile in profiles)
     for profile in resolved:
@@ -60,6 +62,60 @@ def parts(job: Job, *, task: Task | None = None, builder: Builder | None = None,
         if profile.device == "local":
             check_expects(profile, host())
     return Parts(job, data, network, genes, resolved, budgets, pareto.goals(budgets))
+
+
+def make_task(name: str, data: Mapping[str, Any], *, trusted: bool = True) -> Task:
+    """A task by name, given its options. Raises UserError for options it does not take."""
+    found = registry.resolve("task", name, trusted=trusted)
+    if not callable(found):
+        if data:
+            raise UserError(f"data: task {name!r} takes no options")
+        return registry.genuine("task", name, found)
+    _check_options("data", f"task {name!r}", found, data)
+    return registry.genuine("task", name, registry.call("task", name, functools.partial(found, **data)))
+
+
+def make_builder(
+    name: str,
+    spec: InputSpec,
+    options: Mapping[str, Any],
+    *,
+    given: Builder | nn.Module | None = None,
+    trusted: bool = True,
+) -> Builder:
+    """A builder by name, or of an object; a function that gives an nn.Module, or a module, becomes a `Foreign`.
+
+    `spec` is the task's input. Raises UserError for options that the function does not take.
+    """
+    if isinstance(given, nn.Module):
+        return Foreign.of(given, spec)
+    if given is not None:
+        return registry.genuine("builder", name, given)
+    found = registry.resolve("builder", name, trusted=trusted)
+    if isinstance(found, nn.Module):
+        return Foreign.of(found, spec)
+    if isinstance(found, type) and all(hasattr(found, member) for member in ("build", "sites", "inherit")):
+        _check_options("model.options", f"builder {name!r}", found, options)
+        return registry.genuine("builder", name, registry.call("builder", name, functools.partial(found, **options)))
+    if isinstance(found, Builder) or not callable(found):
+        if options:
+            raise UserError(f"model.options: builder {name!r} takes no options")
+        return registry.genuine("builder", name, found)
+    _check_options("model.options", f"model {name!r}", found, options)
+    return Foreign(name, functools.partial(found, **options), spec)
+
+
+def _check_options(key: str, what: str, function: Any, options: Mapping[str, Any]) -> None:
+    """Raise UserError for the first option that a class or function does not take."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters):
+        return
+    known = [one.name for one in parameters if one.kind is not inspect.Parameter.POSITIONAL_ONLY]
+    if strange := [option for option in options if option not in known]:
+        raise UserError(f"{key}: {what} has no option {strange[0]!r}; {suggest(strange[0], known)}")
 
 
 def make_ops(names: tuple[str, ...]) -> Mapping[str, Op]:

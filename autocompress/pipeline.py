@@ -7,11 +7,12 @@ of the ONNX file. Searching and re-applying a policy both go through these funct
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,10 +22,10 @@ from torch import nn
 
 from autocompress import export as exporting
 from autocompress.models import Builder
-from autocompress.models.trace import thop_count
-from autocompress.ops import Op, Phase
+from autocompress.models.trace import examples, thop_count
+from autocompress.ops import Op, Phase, TrainOp
 from autocompress.pareto import meets, over_every_budget
-from autocompress.tasks import Predict, Task
+from autocompress.tasks import Predict, Task, several
 from autocompress.train import Training, reestimate_batchnorm
 from autocompress.types import (
     Arch,
@@ -44,7 +45,7 @@ from autocompress.types import (
     TrialFailure,
 )
 
-STRUCTURE_ORDER = ("prune", "lowrank")  # low rank after pruning: a rank is a fraction of the pruned shape
+STRUCTURE_ORDER = ("block", "replace", "prune", "lowrank")  # low rank last: a rank is a fraction of the pruned shape
 PERSISTENCE = 1  # further tries at a noisy reading of a candidate that is fully trained
 BATCHNORM_BATCHES = 8
 FIRST_LOOK = 32  # calibration images for the latency-first file: ranges do not change its speed
@@ -150,10 +151,46 @@ class FirstLook:
 
 @dataclass(frozen=True)
 class Shaped:
-    """A candidate's torch module after structure ops, with the receipts that made it."""
+    """A candidate's torch module after structure ops, with the receipts that made it.
+
+    `instruments` are the receipts of train ops whose instruments the module carries until it is settled.
+    """
 
     module: nn.Module
     receipts: tuple[Receipt, ...]
+    instruments: tuple[Receipt, ...] = ()
+
+    def settle(self, work: Work) -> Settled:
+        """The network as it ships, now: a copy without instruments, and what they have learned so far."""
+        if not self.instruments:
+            return Settled(self.module, ())
+        module = copy.deepcopy(self.module)
+        learned = tuple(
+            train_op(work, receipt).settle(module, receipt).model_copy(update={"op": receipt.op})
+            for receipt in reversed(self.instruments)  # the last one in is the first one out
+        )
+        return Settled(module, learned[::-1])
+
+    def plain(self, work: Work) -> nn.Module:
+        """The module without instruments."""
+        return self.settle(work).module
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A module ready for export, with the settled receipts of train ops."""
+
+    module: nn.Module
+    learned: tuple[Receipt, ...]
+
+    def ranges(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """Ranges of activations by site, where training has learned them."""
+        return {
+            entry.site: {side: (low, high) for side, (low, high) in entry.facts["ranges"].items()}
+            for receipt in self.learned
+            for entry in receipt.entries
+            if "ranges" in entry.facts
+        }
 
 
 @dataclass(frozen=True)
@@ -174,6 +211,7 @@ class Checkpoint(Record):
     """Where a trial can go on: receipts rebuild the shapes, `training` (safetensors, by sha256) the rest."""
 
     receipts: tuple[Receipt, ...]
+    instruments: tuple[Receipt, ...] = ()
     readings: dict[str, Reading]
     keys: dict[str, str]
     training: str
@@ -205,7 +243,27 @@ def shape(work: Work, candidate: Candidate) -> Shaped:
         module = op.enact(module, receipt, tensors)
         receipts.append(receipt.model_copy(update={"op": name}))  # a plug-in goes by its module:attr
     reestimate_batchnorm(module, work.task, BATCHNORM_BATCHES, pause=work.gate.step)
-    return Shaped(module, tuple(receipts))
+    return Shaped(module, tuple(receipts), instrument(work, module, candidate.policy))
+
+
+def instrument(work: Work, module: nn.Module, policy: Policy) -> tuple[Receipt, ...]:
+    """Decide and enact the train ops that install something; their receipts in order."""
+    receipts: list[Receipt] = []
+    for name, op, rules in ordered(policy, work.ops, "train"):
+        if isinstance(op, TrainOp):
+            receipt = op.decide(module, rules, work.task, work.shape_profile)
+            if any(entry.status == "done" for entry in receipt.entries):
+                op.enact(module, receipt)
+                receipts.append(receipt.model_copy(update={"op": name}))
+    return tuple(receipts)
+
+
+def train_op(work: Work, receipt: Receipt) -> TrainOp:
+    """The op of an instrument's receipt."""
+    op = work.ops.get(receipt.op)
+    if not isinstance(op, TrainOp):
+        raise TrialFailure(f"receipt names {receipt.op!r}, which is no op that training settles")
+    return op
 
 
 def reshape(builder: Builder, ops: Mapping[str, Op], arch: Arch, receipts: Sequence[Receipt]) -> nn.Module:
@@ -228,13 +286,23 @@ def export_float(work: Work, module: nn.Module) -> exporting.Exported:
     """
     exported = exporting.export(module, work.task.input, opset=work.opset, exporter=work.exporter)
     inputs, _ = next(iter(work.task.batches("calibration", 16, limit=16)))
-    exporting.parity(module, exporting.compose(exported), inputs.numpy())
+    exporting.parity(module, exporting.compose(exported), *(one.numpy() for one in several(inputs)))
     return exported
 
 
-def release(work: Work, module: nn.Module, policy: Policy, *, first_look: bool = False) -> dict[str, Release]:
-    """One file per variant: float export, parity, numeric ops decided and enacted, parts composed."""
-    exported = export_float(work, module)
+def release(
+    work: Work,
+    module: nn.Module,
+    policy: Policy,
+    *,
+    learned: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+    first_look: bool = False,
+) -> dict[str, Release]:
+    """One file per variant: float export, parity, numeric ops decided and enacted, parts composed.
+
+    `learned` are the ranges that quantization-aware training has found, by site.
+    """
+    exported = replace(export_float(work, module), learned=learned or {})
     task: Task = FirstLook(work.task) if first_look else work.task
     releases: dict[str, Release] = {}
     for variant, profile in work.variants.items():
@@ -264,11 +332,11 @@ def distillation(policy: Policy) -> tuple[float, float]:
     return 0.0, 1.0
 
 
-def training(work: Work, module: nn.Module, policy: Policy, seed: int) -> Training:
+def training(work: Work, shaped: Shaped, policy: Policy, seed: int) -> Training:
     """Fine-tuning of a candidate, with the parent as teacher where the policy asks for distillation."""
     weight, temperature = distillation(policy)
     return Training(
-        module,
+        shaped.module,
         work.task,
         epochs=work.epochs,
         seed=seed,
@@ -276,6 +344,7 @@ def training(work: Work, module: nn.Module, policy: Policy, seed: int) -> Traini
         weight=weight,
         temperature=temperature,
         pause=work.gate.step,
+        instruments=tuple((train_op(work, receipt), receipt) for receipt in shaped.instruments),
     )
 
 
@@ -289,7 +358,8 @@ def qualities(work: Work, releases: Mapping[str, Release], split: str) -> dict[s
 
 def weights_of(module: nn.Module) -> bytes:
     """The module's parameters and buffers as safetensors."""
-    return save_tensors({name: tensor.contiguous() for name, tensor in module.state_dict().items()})
+    # safetensors refuses tensors that share memory, which tied weights do: each is written on its own
+    return save_tensors({name: tensor.detach().contiguous().clone() for name, tensor in module.state_dict().items()})
 
 
 def load_weights(module: nn.Module, data: bytes) -> nn.Module:
@@ -362,13 +432,14 @@ class _Path:
                 shaped = shape(self.work, assignment.candidate)
             self.describe(shaped)
             with self.stage("export"):
-                releases = release(self.work, shaped.module, policy, first_look=True)
+                plain = shaped.settle(self.work)
+                releases = release(self.work, plain.module, policy, first_look=True)
             self.time(releases)
             likely = {name: at_best(reading) if reading.noisy else reading for name, reading in self.readings.items()}
             if over_every_budget(likely, self.evaluator.budgets):
                 yield State.INFEASIBLE, self.outcome(reason=self.too_slow())
                 return
-            trainer = training(self.work, shaped.module, policy, assignment.seed)
+            trainer = training(self.work, shaped, policy, assignment.seed)
         else:
             with self.stage("structure"):
                 shaped, trainer = self.restore(assignment.checkpoint)
@@ -378,7 +449,8 @@ class _Path:
             with self.stage("train"):
                 trainer.run_to(fidelity)
             with self.stage("export"):
-                releases = release(self.work, shaped.module, policy)
+                settled = shaped.settle(self.work)
+                releases = release(self.work, settled.module, policy, learned=settled.ranges())
             with self.stage("quality"):
                 self.facts["quality"] = qualities(self.work, releases, "selection")
             self.facts["fidelity"] = fidelity
@@ -386,6 +458,7 @@ class _Path:
             if index + 1 < len(assignment.rungs):
                 checkpoint = Checkpoint(
                     receipts=shaped.receipts,
+                    instruments=shaped.instruments,
                     readings=self.readings,
                     keys=self.keys,
                     training=self.files.put(trainer.state()),
@@ -396,12 +469,15 @@ class _Path:
                 )
             else:
                 self.time(releases, final=True)
-                yield State.DONE, self.outcome(files=self.keep(shaped, releases))
+                yield State.DONE, self.outcome(files=self.keep(shaped.receipts, settled, releases))
 
     def describe(self, shaped: Shaped) -> None:
-        example = torch.zeros(1, *self.work.task.input.shape)
-        macs, parameters = thop_count(shaped.module, example)
-        self.facts |= {"macs": macs, "parameters": parameters, "notes": notes_of(shaped.receipts)}
+        macs, parameters = thop_count(shaped.plain(self.work), examples(self.work.task.input))
+        self.facts |= {
+            "macs": macs,
+            "parameters": parameters,
+            "notes": notes_of((*shaped.receipts, *shaped.instruments)),
+        }
 
     def sizes(self, releases: Mapping[str, Release]) -> None:
         self.facts["size_mb"] = {p.name: releases[p.numeric.variant].size_mb for p in self.work.profiles}
@@ -444,18 +520,21 @@ class _Path:
         checkpoint = Checkpoint.model_validate_json(self.files.get(sha))
         candidate = self.assignment.candidate
         module = reshape(self.work.builder, self.work.ops, candidate.arch, checkpoint.receipts)
-        trainer = training(self.work, module, candidate.policy, self.assignment.seed)
+        for receipt in checkpoint.instruments:
+            train_op(self.work, receipt).enact(module, receipt)
+        shaped = Shaped(module, checkpoint.receipts, checkpoint.instruments)
+        trainer = training(self.work, shaped, candidate.policy, self.assignment.seed)
         trainer.load(self.files.get(checkpoint.training))
         self.readings, self.keys = dict(checkpoint.readings), dict(checkpoint.keys)
-        return Shaped(module, checkpoint.receipts), trainer
+        return shaped, trainer
 
-    def keep(self, shaped: Shaped, releases: Mapping[str, Release]) -> dict[str, str]:
+    def keep(self, structure: Sequence[Receipt], settled: Settled, releases: Mapping[str, Release]) -> dict[str, str]:
         """What a finalist needs: its weights, its files, and the receipts that made them."""
-        files = {"weights": self.files.put(weights_of(shaped.module))}
+        files = {"weights": self.files.put(weights_of(settled.module))}
         for variant, item in releases.items():
             files[f"model:{variant}"] = self.files.put(item.model)
         receipts = {
-            "structure": [receipt.model_dump(mode="json") for receipt in shaped.receipts],
+            "structure": [receipt.model_dump(mode="json") for receipt in (*structure, *settled.learned)],
             "numeric": {v: [r.model_dump(mode="json") for r in item.receipts] for v, item in releases.items()},
         }
         files["receipts"] = self.files.put(json.dumps(receipts, sort_keys=True).encode())

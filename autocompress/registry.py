@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, get_args
@@ -31,6 +31,13 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     "task": {"digits": "autocompress.tasks.digits:Digits"},
     "builder": {"convnet": "autocompress.models.convnet:ConvNet"},
 }
+# `scheme:rest` -> a function (rest, options) -> nn.Module: networks that are named, not imported from user code.
+SOURCES: dict[str, str] = {
+    "torchvision": "autocompress.models.sources:torchvision",
+    "timm": "autocompress.models.sources:timm",
+    "hf": "autocompress.models.sources:hugging_face",
+    "nni": "autocompress.models.nni_space:NniSpace",
+}
 # What the protocols of a kind ask for; a plug-in without it is refused before anything runs.
 _MEMBERS: dict[Kind, tuple[str, ...]] = {
     "op": ("name", "phase", "params", "decide", "enact"),
@@ -40,7 +47,16 @@ _MEMBERS: dict[Kind, tuple[str, ...]] = {
     "builder": ("name", "knobs", "build", "sites", "inherit"),
 }
 # Packages that only an extra of ours brings.
-_EXTRAS = {"optuna": "optuna", "nni": "nni", "pytorch_lightning": "nni"}
+EXTRAS = {
+    "optuna": "optuna",
+    "nni": "nni",
+    "pytorch_lightning": "nni",
+    "timm": "timm",
+    "transformers": "hf",
+    "tokenizers": "text",
+    "PIL": "images",
+    "zstandard": "storage",
+}
 
 
 def resolve(kind: Kind, name: str, *, trusted: bool = True) -> Any:
@@ -58,6 +74,8 @@ def resolve(kind: Kind, name: str, *, trusted: bool = True) -> Any:
         )
     if found:
         return _foreign(kind, name, found[0].value)
+    if kind == "builder" and (source := name.partition(":")[0]) in SOURCES:
+        return _from_source(source, name)
     if ":" in name:
         if not trusted:
             raise UserError(f"{kind} {name!r}: a policy or artifact cannot name code to import; nothing was executed")
@@ -124,10 +142,16 @@ def _built_in(kind: Kind, name: str) -> Any:
     try:
         return getattr(import_module(module), attribute)
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
         raise UserError(f"{kind} {name!r} needs more packages: pip install 'autocompress[{extra}]'") from error
+
+
+def _from_source(source: str, name: str) -> Any:
+    """A function of options that makes the network; what is named comes from an installed package or a local folder."""
+    module, _, attribute = SOURCES[source].partition(":")
+    return partial(getattr(import_module(module), attribute), name.partition(":")[2])
 
 
 def _foreign(kind: Kind, name: str, value: str) -> Any:

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +19,12 @@ from autocompress.devices.cores import plan_cores
 from autocompress.devices.station import Station
 from autocompress.finals import SESSIONS
 from autocompress.models import Builder
-from autocompress.models.trace import thop_count
+from autocompress.models.trace import examples, thop_count
 from autocompress.parent import export_baseline, floor, load_parent, run_through
-from autocompress.parts import make_ops
+from autocompress.parts import make_builder, make_ops, make_task
 from autocompress.pipeline import (
     Release,
-    Shaped,
+    Settled,
     Work,
     load_weights,
     qualities,
@@ -36,13 +35,14 @@ from autocompress.pipeline import (
     training,
     weights_of,
 )
-from autocompress.tasks import Task
+from autocompress.tasks import Task, several
 from autocompress.types import (
     Candidate,
     Job,
     LimitError,
     Quality,
     QualityLimit,
+    Receipt,
     Record,
     TrialFailure,
     UserError,
@@ -94,7 +94,7 @@ def apply(
     weights: Path | str | None = None,
     out: Path | str | None = None,
     max_drop: float | None = None,
-    model: Builder | None = None,
+    model: Builder | nn.Module | None = None,
     task: Task | None = None,
     trust: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
@@ -129,15 +129,21 @@ class _Subject:
     task: Task
 
 
-def _subject(read: Artifact, model: Builder | None, task: Task | None, trust: Sequence[str]) -> _Subject:
-    def make(kind: registry.Kind, name: str) -> Any:
-        package = name.partition(":")[0].partition(".")[0]
-        return registry.make(kind, name, trusted=":" in name and package in trust)
+def _subject(read: Artifact, model: Builder | nn.Module | None, task: Task | None, trust: Sequence[str]) -> _Subject:
+    def trusted(name: str) -> bool:
+        return ":" in name and name.partition(":")[0].partition(".")[0] in trust
 
-    builder, data = read.manifest.builder, read.manifest.task
-    network = make("builder", builder) if model is None else registry.genuine("builder", builder, model)
+    manifest = read.manifest
+    job = reader.fill(manifest.job, Job, f"{read.folder}: manifest.json, job") if manifest.job else None
+    if task is None:
+        data = make_task(manifest.task, job.data if job else {}, trusted=trusted(manifest.task))
+    else:
+        data = registry.genuine("task", manifest.task, task)
+    options = job.model.options if job else {}
+    spec = manifest.input
+    network = make_builder(manifest.builder, spec, options, given=model, trusted=trusted(manifest.builder))
     artifact.check_policy(read.policy, network.sites())
-    return _Subject(network, make("task", data) if task is None else registry.genuine("task", data, task))
+    return _Subject(network, data)
 
 
 def _work(read: Artifact, made: _Subject, parent: nn.Module) -> Work:
@@ -202,9 +208,12 @@ def _reproduce(read: Artifact, made: _Subject, out: Path | None) -> Applied:
 
 def _difference(task: Task, shipped: bytes, made: bytes) -> float:
     """Largest relative difference of two files' outputs on calibration data."""
-    inputs = next(iter(task.batches("calibration", 64, limit=64)))[0].numpy()
-    one, two = export.predictor(shipped)(inputs), export.predictor(made)(inputs)
-    return float(np.abs(one - two).max() / max(float(np.abs(one).max()), 1e-12))
+    batch, _ = next(iter(task.batches("calibration", 64, limit=64)))
+    inputs = tuple(one.numpy() for one in several(batch))
+    answers = [several(export.predictor(model)(inputs)) for model in (shipped, made)]
+    return max(
+        float(np.abs(one - two).max() / max(float(np.abs(one).max()), 1e-12)) for one, two in zip(*answers, strict=True)
+    )
 
 
 def _renew(
@@ -221,14 +230,15 @@ def _renew(
         say("deciding again on the new weights")
         shaped = shape(work, candidate)
         say(f"fine-tuning for {work.epochs:g} epochs")
-        run_through(training(work, shaped.module, candidate.policy, seed), torch.get_num_threads())
-        releases = release(work, shaped.module, candidate.policy)
+        run_through(training(work, shaped, candidate.policy, seed), torch.get_num_threads())
+        settled = shaped.settle(work)
+        releases = release(work, settled.module, candidate.policy, learned=settled.ranges())
         say("measuring")
         with tempfile.TemporaryDirectory() as folder:
             before, proof = _judge(work, read, releases, Path(folder), asked)
     except TrialFailure as failure:
         raise LimitError(f"{read.folder}: {failure}") from failure
-    _write(out, work, read, shaped, releases, before, proof)
+    _write(out, work, read, shaped.receipts, settled, releases, before, proof)
     lost = [before.selection.value.value - q.value.value for q in proof.quality.values()] if before.selection else []
     applied = Applied(
         folder=str(out), reproduced=False, quality=proof.quality, drop=max(lost, default=None), certificate=proof
@@ -261,7 +271,7 @@ def _judge(
         readings = {profile.name: station.measure(profile.name, path, key) for profile in work.profiles}
     finally:
         station.close()
-    macs, parameters = thop_count(work.parent, torch.zeros(1, *work.task.input.shape))
+    macs, parameters = thop_count(work.parent, examples(work.task.input))
     before = artifact.BaselineFigures(
         selection=selection,
         test=work.task.quality(predict, "test"),
@@ -288,22 +298,23 @@ def _write(
     out: Path,
     work: Work,
     read: Artifact,
-    shaped: Shaped,
+    structure: Sequence[Receipt],
+    settled: Settled,
     releases: Mapping[str, Release],
     before: artifact.BaselineFigures,
     proof: certify.Certificate,
 ) -> None:
     old = read.manifest
-    macs, parameters = thop_count(shaped.module, torch.zeros(1, *work.task.input.shape))
+    macs, parameters = thop_count(settled.module, examples(work.task.input))
     variant = {profile.name: profile.numeric.variant for profile in work.profiles}
     names = {variant[profile]: name for profile, name in old.models.items()}
     artifact.write(
         out,
         model=releases[next(v for v, name in names.items() if name == artifact.MODEL)].model,
         variants={name: releases[v].model for v, name in names.items() if name != artifact.MODEL},
-        weights=weights_of(shaped.module),
+        weights=weights_of(settled.module),
         policy=read.policy.model_copy(
-            update={"receipts": shaped.receipts, "numeric": {v: releases[v].receipts for v in names}}
+            update={"receipts": (*structure, *settled.learned), "numeric": {v: releases[v].receipts for v in names}}
         ),
         manifest=old.model_copy(
             update={

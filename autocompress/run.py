@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from autocompress import live, pareto, ray_tune, reader, report, summary
+from autocompress import auto, live, pareto, ray_tune, reader, report, summary
 from autocompress.artifact import versions
 from autocompress.controller import Controller, Header, header, run_serial
 from autocompress.devices.cores import CorePlan, keep_to, plan_cores
@@ -91,7 +91,7 @@ def run(
     job: Job,
     *,
     task: Task | None = None,
-    builder: Builder | None = None,
+    builder: Builder | nn.Module | None = None,
     space: Space | None = None,
     address: str | None = None,
     serial: bool = False,
@@ -128,7 +128,7 @@ def resume(
     out: Path | str,
     *,
     task: Task | None = None,
-    builder: Builder | None = None,
+    builder: Builder | nn.Module | None = None,
     space: Space | None = None,
     trials: int | None = None,
     minutes: float | None = None,
@@ -159,12 +159,15 @@ def resume(
 
 
 def search(
-    model: Builder | str,
+    model: Builder | nn.Module | str,
     task: Task | str,
     *,
     devices: Sequence[Budget | Mapping[str, Any]],
-    space: Space | str = "convnet",
+    space: Space | str | None = None,
     weights: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    epochs: float | None = None,
     quality: QualityLimit | Mapping[str, Any] | None = None,
     searcher: str = "evolution",
     seed: int = 0,
@@ -181,16 +184,24 @@ def search(
 
         autocompress.search("convnet", "digits", devices=[{"profile": "local-1t", "speedup": 3}], out="runs/mine")
 
-    Budgets, quality and fidelity are the records of a job file or mappings of their fields.
+    `model` may be a network of your own with its trained weights (an nn.Module); `options` and `data` are what a named
+    model and task take, `epochs` how long a model without weights is trained first. The space is derived from the
+    network (`auto`) unless it is the built-in one. Budgets, quality and fidelity are the records of a job file or
+    mappings of their fields.
     """
+    if space is None:
+        space = "convnet" if model == "convnet" else auto.NAME
     if not isinstance(space, str | Space):
         raise UserError(f"search: space: must be a name, a path or a Space, not {space!r}")
     asked: dict[str, Any] = {
         "task": task if isinstance(task, str) else _named(task),
         "model": {
             "builder": model if isinstance(model, str) else _named(model),
+            "options": dict(options or {}),
             "weights": str(Path(weights).resolve()) if isinstance(weights, str | Path) else weights,
+            "epochs": (0.0 if isinstance(model, nn.Module) else 8.0) if epochs is None else epochs,
         },
+        "data": dict(data or {}),
         "space": space if isinstance(space, str) else space.name,
         "devices": [_plain(one) for one in devices] if isinstance(devices, list | tuple) else devices,
         "quality": {"max_drop": 0.01} if quality is None else _plain(quality),

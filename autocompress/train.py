@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
 from itertools import islice
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autocompress.distill import response_loss
-from autocompress.tasks import Task
-from autocompress.types import TrialFailure, UserError
+from autocompress.ops import TrainOp
+from autocompress.tasks import Task, batch_size, several
+from autocompress.types import Receipt, TrialFailure, UserError
 
 Pause = Callable[[], object]
 """Called at every step boundary; returns when the trainer may go on."""
@@ -83,6 +84,7 @@ class Training:
         clip: float = 5.0,
         bf16: bool | None = None,
         pause: Pause = at_once,
+        instruments: Sequence[tuple[TrainOp, Receipt]] = (),
     ) -> None:
         """Raises UserError for a distillation weight without a teacher."""
         if weight > 0 and teacher is None:
@@ -90,6 +92,7 @@ class Training:
         self.module = channels_last(module)
         self.task, self.seed, self.batch, self.lr, self.clip, self.pause = task, seed, batch, lr, clip, pause
         self.weight, self.temperature = weight, temperature
+        self.instruments = tuple(instruments)
         self.teacher = None
         if teacher is not None and weight > 0:
             self.teacher = channels_last(teacher).eval()
@@ -118,7 +121,7 @@ class Training:
                     self.pause()
                     torch.default_generator.manual_seed(draw(self.seed, 1, self.step))
                     losses += self._update(inputs, targets)
-                    images += len(inputs)
+                    images += batch_size(inputs)
                     self.step += 1
                     if self.step >= target:
                         break
@@ -130,7 +133,7 @@ class Training:
             "seconds": time.perf_counter() - began,
         }
 
-    def _rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _rest_of_epoch(self) -> Iterator[tuple[Any, Any]]:
         epoch, done = divmod(self.step, self.steps_per_epoch)
         passed = islice(self.task.batches("train", self.batch, seed=draw(self.seed, 0, epoch)), done, None)
         yield from passed
@@ -138,26 +141,31 @@ class Training:
             short = f"a shuffled pass ended after {self.step % self.steps_per_epoch} batches"
             raise UserError(f"task {self.task.name}: {short}, a plain one gives {self.steps_per_epoch}")
 
-    def _update(self, inputs: Tensor, targets: Tensor) -> float:
-        if len(inputs) == 1:  # batch normalisation has no statistics of one sample
+    def _update(self, inputs: Any, targets: Any) -> float:
+        if batch_size(inputs) == 1:  # batch normalisation has no statistics of one sample
             return 0.0
-        if inputs.ndim == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        for op, receipt in self.instruments:
+            op.advance(self.module, receipt, self.step / self.total)
+        arguments = tuple(map(_as_images, several(inputs)))
         rate = self.lr * one_cycle(self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        taught: Tensor | None = None
+        taught: Any = None
         with self._precision():
-            outputs = self.module(inputs)
+            outputs = self.module(*arguments)
             if self.teacher is not None:
                 with torch.no_grad():
-                    taught = self.teacher(inputs)
-        outputs = outputs.float()
-        loss = outputs.new_zeros(())
+                    taught = self.teacher(*arguments)
+        outputs = outputs.float() if isinstance(outputs, Tensor) else tuple(one.float() for one in outputs)
+        loss = several(outputs)[0].new_zeros(())
+        for op, receipt in self.instruments:
+            if (penalty := op.penalty(self.module, receipt)) is not None:
+                loss = loss + penalty
         if self.weight < 1:
             loss = loss + (1 - self.weight) * self.task.loss(outputs, targets)
         if taught is not None:
-            loss = loss + self.weight * response_loss(outputs, taught, self.temperature)
+            for mine, theirs in zip(several(outputs), several(taught), strict=True):
+                loss = loss + self.weight * response_loss(mine, theirs, self.temperature)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrialFailure(f"training diverged: loss is {value} at step {self.step} of {self.total}")
@@ -213,6 +221,10 @@ class Training:
         self.step = int(clock[0])
 
 
+def _as_images(inputs: Tensor) -> Tensor:
+    return inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs
+
+
 def reestimate_batchnorm(
     module: nn.Module, task: Task, batches: int, pause: Pause = at_once, *, size: int = 64
 ) -> None:
@@ -235,8 +247,8 @@ def reestimate_batchnorm(
         with torch.no_grad():
             for inputs, _ in islice(task.batches("train", size, limit=batches * size), batches):
                 pause()
-                if len(inputs) > 1:
-                    module(inputs)
+                if batch_size(inputs) > 1:
+                    module(*several(inputs))
     finally:
         for norm in norms:
             norm.momentum = momenta[norm]

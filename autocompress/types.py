@@ -273,6 +273,7 @@ class Site(Record):
     out_channels: int = 0
     kernel: int = 1
     depth: Share = 0.0  # position from input (0) to output (1)
+    choices: dict[str, tuple[Choice, ...]] = {}  # per op: what its first parameter may be here, where that depends
 
 
 class Facts(Record):
@@ -314,11 +315,15 @@ class Receipt(Record):
 
 
 class ModelSource(Record):
-    """The parent: a builder's name (or `module:attr`), and trained weights (otherwise it is trained first)."""
+    """The parent: a builder's name (or `module:attr`, `torchvision:NAME` ...), its options, and trained weights.
+
+    Without `weights` it is trained for `epochs` first; `epochs: 0` takes the weights that the builder itself gives it.
+    """
 
     builder: str
+    options: dict[str, Any] = {}  # keyword arguments of the function that makes the network
     weights: str | None = None
-    epochs: Positive = 8.0  # of training the parent, where there are no weights
+    epochs: float = Field(default=8.0, ge=0, allow_inf_nan=False)
 
 
 class QualityLimit(Record):
@@ -371,8 +376,9 @@ class Job(Record):
     """A whole search, as `examples/digits.yaml` writes it."""
 
     task: str
+    data: dict[str, Any] = {}  # keyword arguments of the task: where its data lie, how they are read
     model: ModelSource
-    space: str
+    space: str  # a name on the shelf, a file, or `auto`: derived from the network
     devices: tuple[Budget, ...] = Field(min_length=1)
     quality: QualityLimit = QualityLimit(max_drop=0.01)
     search: SearchPlan = SearchPlan()

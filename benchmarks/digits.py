@@ -51,7 +51,7 @@ def uniform(made: Parts, out: Path) -> dict[str, Any]:
             candidate = Candidate(arch={}, policy=Policy(rules=tuple(rules)))
             torch.manual_seed(made.job.search.seed)
             shaped = shape(work, candidate)
-            training(work, shaped.module, candidate.policy, made.job.search.seed).run_to(1.0)
+            training(work, shaped, candidate.policy, made.job.search.seed).run_to(1.0)
             files = release(work, shaped.module, candidate.policy)
             readings = {
                 p.name: station.measure(p.name, files[p.numeric.variant].model, files[p.numeric.variant].key)

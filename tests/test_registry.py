@@ -105,7 +105,7 @@ def test_an_entry_point_neither_shadows_a_built_in_nor_hides_another(entries):
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(registry.BUILT_IN["searcher"], "away", "optuna_is_away:X")
-    monkeypatch.setitem(registry._EXTRAS, "optuna_is_away", "optuna")
+    monkeypatch.setitem(registry.EXTRAS, "optuna_is_away", "optuna")
     with pytest.raises(UserError, match=r"pip install 'autocompress\[optuna\]'"):
         registry.resolve("searcher", "away")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from autocompress.types import Arch, Choice, Site
@@ -15,7 +16,11 @@ class Builder(Protocol):
     """arch -> module. `knobs` are the parent's own choices; `build({})` is the parent, untrained."""
 
     name: str
-    knobs: dict[str, Choice]
+
+    @property
+    def knobs(self) -> Mapping[str, Choice]:
+        """The parent's own choices by knob; an attribute will do."""
+        ...
 
     def build(self, arch: Arch) -> nn.Module:
         """An untrained module. Missing knobs take the parent's choice; raises UserError for unknown knobs or values."""

@@ -118,7 +118,7 @@ class Coupling:
     Errors of torch-pruning pass unchanged: the caller knows whose network it is.
     """
 
-    def __init__(self, module: nn.Module, example: Tensor) -> None:
+    def __init__(self, module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> None:
         self.grouped = grouped_convs(module)
         self.model = stand_in(module).eval()
         self.names = {part: name for name, part in self.model.named_modules()}

@@ -12,11 +12,21 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autocompress.models.groups import Coupling, is_depthwise
+from autocompress.tasks import InputSpec, batch_size, several
 from autocompress.types import Site
 
 
+def examples(spec: InputSpec, size: int = 1) -> tuple[Tensor, ...]:
+    """Inputs of the right shapes and types, one tensor (size, ...) each: zeros, ones where they are integers."""
+    kinds = [getattr(torch, one.dtype) for one in spec.every]
+    return tuple(
+        torch.full((size, *one.shape), 0 if kind.is_floating_point else 1, dtype=kind)
+        for one, kind in zip(spec.every, kinds, strict=True)
+    )
+
+
 @contextmanager
-def _still(module: nn.Module) -> Iterator[None]:
+def still(module: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, every submodule's mode restored afterwards."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
@@ -42,7 +52,7 @@ def leaves(module: nn.Module, site: str) -> tuple[str, ...]:
     )
 
 
-def _order(module: nn.Module, example: Tensor) -> list[str]:
+def _order(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> list[str]:
     """Leaves in the order the forward pass reaches them, each once."""
     reached: dict[str, None] = {}
     hooks = [
@@ -51,30 +61,30 @@ def _order(module: nn.Module, example: Tensor) -> list[str]:
         if is_leaf(part)
     ]
     try:
-        with _still(module):
-            module(example)
+        with still(module):
+            module(*several(example))
     finally:
         for hook in hooks:
             hook.remove()
     return list(reached)
 
 
-def sites(module: nn.Module, example: Tensor) -> tuple[Site, ...]:
+def sites(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Site, ...]:
     """The places a policy can speak of, from input to output. `example` is one batch (N, ...); MACs are per example.
 
     `prune` is among a site's ops where it is the first producer of its coupled group, `lowrank` where it has no groups.
     """
     names = _order(module, example)
     first = Coupling(module, example).groups_of(names)
-    with _still(module), FlopCounterMode(display=False) as counter:
-        module(example)
+    with still(module), FlopCounterMode(display=False) as counter:
+        module(*several(example))
     flops = counter.get_flop_counts()
     prefix = type(module).__name__
     found: list[Site] = []
     for position, name in enumerate(names):
         layer = module.get_submodule(name)
         parameters = sum(parameter.numel() for parameter in layer.parameters())
-        macs = sum(flops.get(f"{prefix}.{name}" if name else prefix, {}).values()) // 2 // len(example)
+        macs = sum(flops.get(f"{prefix}.{name}" if name else prefix, {}).values()) // 2 // batch_size(example)
         grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
         ops = [*(["prune"] if name in first else []), *([] if grouped else ["lowrank"]), "quantize"]
         if isinstance(layer, nn.Conv2d):
@@ -99,19 +109,20 @@ def sites(module: nn.Module, example: Tensor) -> tuple[Site, ...]:
     return tuple(found)
 
 
-def count(module: nn.Module, example: Tensor) -> tuple[int, int]:
+def count(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[int, int]:
     """(multiply-adds per example, parameters) by torch's FlopCounterMode: convolutions and matrix products."""
-    with _still(module), FlopCounterMode(display=False) as counter:
-        module(example)
-    return counter.get_total_flops() // 2 // len(example), sum(parameter.numel() for parameter in module.parameters())
+    with still(module), FlopCounterMode(display=False) as counter:
+        module(*several(example))
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    return counter.get_total_flops() // 2 // batch_size(example), parameters
 
 
-def thop_count(module: nn.Module, example: Tensor) -> tuple[int, int]:
+def thop_count(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[int, int]:
     """(multiply-adds per example, parameters) by thop, which also counts batch norm, pooling and the like.
 
     On convolutional networks its multiply-adds are up to 1 % above those of `count` (dense) or 6 % (separable).
     """
     copied = copy.deepcopy(module)  # thop leaves buffers behind
     with torch.no_grad():
-        macs, parameters = thop.profile(copied, inputs=(example,), verbose=False)  # type: ignore[misc]
-    return round(macs / len(example)), round(parameters)
+        macs, parameters = thop.profile(copied, inputs=several(example), verbose=False)  # type: ignore[misc]
+    return round(macs / batch_size(example)), round(parameters)

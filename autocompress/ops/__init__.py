@@ -1,8 +1,9 @@
 """Ops change a model by a policy (protocol): decide reads weights and data, enact only obeys the receipt.
 
 Structure ops (`subject` is an nn.Module, changed in place and returned) run before training; numeric ops
-(`subject` is an `export.Exported`, a new one is returned) run on the exported ONNX parts. Settings of ops of phase
-`train` are read by the training loop.
+(`subject` is an `export.Exported`, a new one is returned) run on the exported ONNX parts. An op of phase `train` is
+decided and enacted before training, where it may install an instrument (fake quantization, a mask), and settled after
+it (`TrainOp`); one without `settle` changes nothing in the network, the training loop reads its rules.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from autocompress.types import Profile, Receipt, Rule
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from autocompress.tasks import Task
 
 Phase = Literal["structure", "train", "numeric"]
@@ -49,5 +52,25 @@ class Op(Protocol):
         Without `tensors` every shape is right and fitted values are left as initialised (trained weights follow).
 
         Raises UserError when the receipt speaks of another network (site and difference named).
+        """
+        ...
+
+
+@runtime_checkable
+class TrainOp(Op, Protocol):
+    """An op whose facts are known only after training. `module` carries what `enact` installed."""
+
+    def advance(self, module: nn.Module, receipt: Receipt, share: float) -> None:
+        """Called before every step with the share of the full training that is done, in [0, 1]: schedules."""
+        ...
+
+    def penalty(self, module: nn.Module, receipt: Receipt) -> Tensor | None:
+        """Added to the loss of every step; None for nothing."""
+        ...
+
+    def settle(self, module: nn.Module, receipt: Receipt) -> Receipt:
+        """Remove the instrument in place and say what was learned; `module` has the names it had before `enact`.
+
+        An entry's `facts["ranges"]`, {"input": [low, high], "output": [low, high]}, reach the file's quantization.
         """
         ...

@@ -18,7 +18,7 @@ from autocompress.models.groups import Coupling, Group, Unprunable, choose, is_d
 from autocompress.models.trace import leaves
 from autocompress.ops import Phase
 from autocompress.ops.slicing import Cut, apply, channels, difference
-from autocompress.tasks import Task
+from autocompress.tasks import Task, several
 from autocompress.types import Choice, Entry, Profile, Receipt, Rule, TrialFailure, UserError
 
 IMPORTANCES = ("l1", "l2", "taylor")
@@ -97,7 +97,7 @@ def learn_gradients(model: nn.Module, task: Task) -> None:
             part.train()  # inherited statistics may not fit yet
     with torch.enable_grad():
         for inputs, targets in task.batches("calibration", 64, limit=SCORED):
-            task.loss(model(inputs), targets).backward()
+            task.loss(model(*several(inputs)), targets).backward()
     model.eval()
     for parameter in model.parameters():
         if parameter.grad is None:

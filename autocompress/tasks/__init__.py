@@ -8,16 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-
 from autocompress.types import Quality, Record
 
-Predict = Callable[[np.ndarray], np.ndarray]
-"""A batch of inputs (float32, N first) to outputs (N first), as the ONNX file does it."""
+Predict = Callable[[Any], Any]
+"""A batch of inputs (N first) to outputs (N first), as the ONNX file does it: numpy arrays.
+
+A tuple of arrays goes in where the network has several inputs, a tuple comes out where it has several outputs.
+"""
 
 
 class InputSpec(Record):
-    """What goes into the file, for the manifest: a consumer needs nothing else to feed it."""
+    """What goes into the file, for the manifest: a consumer needs nothing else to feed it.
+
+    `others` are a network's second and further inputs, in the order of its arguments; `batches` then yields tuples.
+    """
 
     name: str = "input"
     shape: tuple[int, ...]  # without the batch axis, e.g. (1, 8, 8)
@@ -25,6 +29,22 @@ class InputSpec(Record):
     layout: str = "NCHW"
     normalisation: str = ""  # e.g. "pixel / 16"
     labels: tuple[str, ...] = ()
+    others: tuple[InputSpec, ...] = ()
+
+    @property
+    def every(self) -> tuple[InputSpec, ...]:
+        """This input and the others."""
+        return (self, *self.others)
+
+
+def several(values: Any) -> tuple[Any, ...]:
+    """Inputs or outputs as a tuple, whether there is one or many."""
+    return tuple(values) if isinstance(values, tuple | list) else (values,)
+
+
+def batch_size(inputs: Any) -> int:
+    """Samples in a batch of one or several inputs."""
+    return len(several(inputs)[0])
 
 
 @runtime_checkable
