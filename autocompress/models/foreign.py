@@ -34,9 +34,13 @@ class Foreign:
         kind = type(module)
         return cls(f"{kind.__module__}:{kind.__qualname__}", Copy(module), spec)
 
-    @cached_property
-    def knobs(self) -> dict[str, Choice]:
+    @property
+    def knobs(self) -> Mapping[str, Choice]:
         """`resolution` in pixels, if the network can be fed smaller images."""
+        return self._knobs
+
+    @cached_property
+    def _knobs(self) -> dict[str, Choice]:
         shape = self.spec.shape
         if self.spec.others or len(shape) != 3 or shape[1] != shape[2] or shape[1] < 16:
             return {}
