@@ -1,0 +1,256 @@
+"""Real accuracy: fixed policies on trained CIFAR ResNets, beside what other tools do with the same network.
+
+    AUTOCOMPRESS_DATA=FOLDER python benchmarks/oneshot.py [--networks 20,56] [--epochs 1] [--train 50000] [--json FILE]
+
+Every trained arm gets the same short distillation (`--epochs` over the first `--train` images). Quality is that of the
+ONNX file on test images 5000-9999, read once; `drop` is the paired difference to the fp32 file on the same images with
+its 95 % interval, in points. Latency: batch 1, one thread, a core of its own, in turn with the fp32 file.
+
+Arms of other tools: `onnxruntime` (its quantize_static as shipped: QDQ, per-channel, minmax), `torch-pruning` (its
+MagnitudePruner by hand, half of the channels of what it can prune without touching the shortcuts, then the same
+distillation and the same int8).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning
+from cifar import Cifar, resnet
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from autocompress import export, load
+from autocompress.devices.cores import keep_to, plan_cores
+from autocompress.devices.fingerprint import resolve_local
+from autocompress.devices.station import Station
+from autocompress.models.foreign import Foreign
+from autocompress.parts import make_ops
+from autocompress.pipeline import Shaped, Work, export_float, release, shape, training
+from autocompress.types import Candidate, Policy, Rule, Site
+
+SEED = 0
+DISTILL = Rule(site=".", op="distill", settings={"weight": 0.7, "temperature": 3.0})
+OPS = ("block", "replace", "prune", "lowrank", "distill", "qat", "quantize")
+
+
+def everywhere(op: str, sites: Sequence[Site], **settings: Any) -> list[Rule]:
+    """The same rule at every site that the op can act on."""
+    return [Rule(site=site.name, op=op, settings=settings) for site in sites if op in site.ops]
+
+
+def every_other_block(sites: Sequence[Site]) -> list[Rule]:
+    """Drop every second block that can be dropped."""
+    blocks = [site.name for site in sites if "block" in site.ops]
+    return [Rule(site=name, op="block", settings={"kind": "drop"}) for name in blocks[1::2]]
+
+
+ARMS: dict[str, Callable[[Sequence[Site]], list[Rule]]] = {
+    "int8": lambda sites: everywhere("quantize", sites, bits="int8"),
+    "qat int8": lambda sites: [
+        *everywhere("qat", sites, bits="int8"),
+        *everywhere("quantize", sites, bits="int8"),
+        DISTILL,
+    ],
+    "prune 50 % + int8": lambda sites: [
+        *everywhere("prune", sites, ratio=0.5),
+        *everywhere("quantize", sites, bits="int8"),
+        DISTILL,
+    ],
+    "low rank 50 % + int8": lambda sites: [
+        *everywhere("lowrank", sites, rank=0.5),
+        *everywhere("quantize", sites, bits="int8"),
+        DISTILL,
+    ],
+    "drop blocks + int8": lambda sites: [
+        *every_other_block(sites),
+        *everywhere("quantize", sites, bits="int8"),
+        DISTILL,
+    ],
+}
+
+
+class Reader(CalibrationDataReader):
+    """128 calibration images for onnxruntime's own quantizer."""
+
+    def __init__(self, task: Cifar) -> None:
+        self.left = iter([{"input": x.numpy()} for x, _ in task.batches("calibration", 32, limit=128)])
+
+    def get_next(self) -> Any:
+        """The next feed, None at the end."""
+        return next(self.left, None)
+
+
+def as_shipped(model: bytes, task: Cifar) -> bytes:
+    """onnxruntime's static quantization with its default types."""
+    with tempfile.TemporaryDirectory() as name:
+        source, target = Path(name) / "float.onnx", Path(name) / "int8.onnx"
+        source.write_bytes(model)
+        quantize_static(source, target, Reader(task), quant_format=QuantFormat.QDQ, per_channel=True)
+        return target.read_bytes()
+
+
+def pruned_by_hand(parent: nn.Module) -> nn.Module:
+    """torch-pruning alone: half of the inner channels of every block (the padded shortcuts couple everything else)."""
+    module = copy.deepcopy(parent)
+    inner = {part for name, part in module.named_modules() if name.endswith("conv1") and "layer" in name}
+    outer: list[nn.Module] = [p for p in module.modules() if isinstance(p, nn.Conv2d | nn.Linear) and p not in inner]
+    example = torch.zeros(1, 3, 32, 32)
+    pruner = torch_pruning.pruner.MagnitudePruner(
+        module,
+        example,
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=0.5,
+        ignored_layers=outer,
+    )
+    pruner.step()
+    return module
+
+
+class Bench:
+    """One network: its fp32 file is what everything is held against."""
+
+    def __init__(self, depth: int, epochs: float, task: Cifar, console: Console) -> None:
+        self.name, self.task, self.console = f"ResNet-{depth}", task, console
+        self.profile = resolve_local(load.profile("local-1t"))
+        parent = resnet(depth)
+        self.builder = Foreign.of(parent, task.input)
+        self.work = Work(
+            builder=self.builder,
+            task=task,
+            ops=make_ops(OPS),
+            parent=self.builder.build({}).eval(),
+            profiles=(self.profile,),
+            epochs=epochs,
+        )
+        self.folder = tempfile.TemporaryDirectory()
+        self.baseline = Path(self.folder.name) / "baseline.onnx"
+        self.baseline.write_bytes(export.compose(export_float(self.work, self.work.parent)))
+        self.right = task.right(export.predictor(self.baseline.read_bytes()), "test")
+        plan = plan_cores((self.profile,))
+        keep_to(plan.trainers)
+        self.station = Station((self.profile,), plan, self.baseline)
+
+    def row(self, arm: str, model: bytes, seconds: float) -> dict[str, Any]:
+        """Quality, size and speed of a file."""
+        right = self.task.right(export.predictor(model), "test")
+        lost = (self.right.astype(float) - right.astype(float)) * 100
+        drop, error = float(lost.mean()), float(lost.std(ddof=1) / np.sqrt(len(lost)))
+        reading = self.station.session(self.profile.name, model)
+        row = {
+            "network": self.name,
+            "arm": arm,
+            "quality": float(right.mean()),
+            "drop": drop,
+            "drop_low": drop - 1.96 * error,
+            "drop_high": drop + 1.96 * error,
+            "size_mb": len(model) / 1e6,
+            "size_ratio": len(model) / self.baseline.stat().st_size,
+            "ms": reading.ms.value,
+            "speedup": reading.speedup,
+            "speedup_low": 1 / reading.ratio.high,
+            "speedup_high": 1 / reading.ratio.low,
+            "samples": len(right),
+            "timed": reading.samples,
+            "noisy": reading.noisy,
+            "seconds": round(seconds, 1),
+        }
+        self.console.print(
+            f"{self.name} {arm}: {row['quality']:.4f}, {drop:+.2f} points lost "
+            f"[{row['drop_low']:+.2f}, {row['drop_high']:+.2f}], {row['speedup']:.2f}x, {seconds:.0f} s",
+            highlight=False,
+        )
+        return row
+
+    def rows(self, only: str | None) -> list[dict[str, Any]]:
+        """All arms."""
+        found: list[dict[str, Any]] = []
+
+        def add(arm: str, make: Callable[[], bytes]) -> None:
+            if only is None or only in arm:
+                started = time.perf_counter()
+                model = make()
+                found.append(self.row(arm, model, time.perf_counter() - started))
+
+        add("fp32", self.baseline.read_bytes)
+        for arm, rules in ARMS.items():
+            add(arm, lambda rules=rules: self.apply(Policy(rules=tuple(rules(self.builder.sites())))))
+        add("onnxruntime as shipped", lambda: as_shipped(self.baseline.read_bytes(), self.task))
+        add("torch-pruning by hand + int8", self.by_hand)
+        return found
+
+    def apply(self, policy: Policy) -> bytes:
+        """The whole path of a candidate: decide, enact, train where the arm trains, settle, export, quantize."""
+        torch.manual_seed(SEED)
+        shaped = shape(self.work, Candidate(arch={}, policy=policy))
+        if policy.of("distill"):
+            training(self.work, shaped, policy, SEED).run_to(1.0)
+        settled = shaped.settle(self.work)
+        (done,) = release(self.work, settled.module, policy, learned=settled.ranges()).values()
+        return done.model
+
+    def by_hand(self) -> bytes:
+        """torch-pruning, the same distillation, our int8."""
+        rules = (*everywhere("quantize", self.builder.sites(), bits="int8"), DISTILL)
+        policy = Policy(rules=rules)
+        shaped = Shaped(pruned_by_hand(self.work.parent), ())
+        torch.manual_seed(SEED)
+        training(self.work, shaped, policy, SEED).run_to(1.0)
+        (done,) = release(self.work, shaped.module, policy).values()
+        return done.model
+
+    def close(self) -> None:
+        """Stop the timing process."""
+        self.station.close()
+        self.folder.cleanup()
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", default="20,56")
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--train", type=int, default=50_000)
+    parser.add_argument("--arm", help="only arms whose name contains this")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())
+    console = Console()
+    rows: list[dict[str, Any]] = []
+    for depth in map(int, asked.networks.split(",")):
+        bench = Bench(depth, asked.epochs, Cifar(asked.train), console)
+        try:
+            rows += bench.rows(asked.arm)
+        finally:
+            bench.close()
+    view = Table("network", "arm", "quality", "points lost", "size", "speed")
+    for row in rows:
+        view.add_row(
+            row["network"],
+            row["arm"],
+            f"{row['quality']:.4f}",
+            f"{row['drop']:+.2f} [{row['drop_low']:+.2f}, {row['drop_high']:+.2f}]",
+            f"{row['size_ratio']:.2f}",
+            f"{row['speedup']:.2f}x [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]",
+        )
+    console.print(view)
+    if asked.json:
+        asked.json.write_text(json.dumps({"rows": rows, "epochs": asked.epochs, "train": asked.train}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
