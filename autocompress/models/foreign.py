@@ -65,7 +65,7 @@ class Foreign:
             raise UserError(f"model {self.name}: cannot be made: {type(error).__name__}: {_line(error)}") from error
         if not isinstance(module, nn.Module):
             raise UserError(f"model {self.name}: gives a {type(module).__name__}, not an nn.Module")
-        unfold(module)
+        module = unfold(module)
         module.register_forward_hook(answer)
         size = arch.get("resolution", self.spec.shape[-1] if self.spec.shape else 0)
         if "resolution" in arch and size != self.spec.shape[-1]:
