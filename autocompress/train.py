@@ -25,8 +25,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autocompress.distill import response_loss
 from autocompress.ops import TrainOp
 from autocompress.tasks import Task, batch_size, several
+from autocompress.tasks.recipe import Recipe, recipe, steps
 from autocompress.types import Receipt, TrialFailure, UserError
 
+MOMENTS = {
+    "sgd": {"momentum_buffer": "momentum"},
+    "adamw": {"exp_avg": "momentum", "exp_avg_sq": "square", "step": "count"},
+}
+"""What an optimizer keeps of each parameter, and its name in a state."""
 Pause = Callable[[], object]
 """Called at every step boundary; returns when the trainer may go on."""
 
@@ -61,10 +67,11 @@ def one_cycle(step: int, total: int, warm: float = 0.2) -> float:
 
 
 class Training:
-    """One full training of `module` on `task`: SGD with Nesterov momentum, run in pieces.
+    """One full training of `module` on `task` by the task's recipe (`tasks.recipe`), run in pieces.
 
-    `epochs` is what fidelity 1 means. With a teacher the loss is `weight` times the distillation loss plus
-    `1 - weight` times the task's own. The module is changed in place and moved to channels-last memory.
+    `epochs` is what fidelity 1 means; `lr`, `batch` and so on take the place of the recipe's. With a teacher the loss
+    is `weight` times the distillation loss plus `1 - weight` times the task's own. The module is changed in place and
+    moved to channels-last memory.
     """
 
     def __init__(
@@ -77,11 +84,11 @@ class Training:
         teacher: nn.Module | None = None,
         weight: float = 0.0,
         temperature: float = 1.0,
-        lr: float = 0.08,
-        batch: int = 64,
-        momentum: float = 0.9,
-        decay: float = 5e-4,
-        clip: float = 5.0,
+        lr: float | None = None,
+        batch: int | None = None,
+        momentum: float | None = None,
+        decay: float | None = None,
+        clip: float | None = None,
         bf16: bool | None = None,
         pause: Pause = at_once,
         instruments: Sequence[tuple[TrainOp, Receipt]] = (),
@@ -90,21 +97,24 @@ class Training:
         if weight > 0 and teacher is None:
             raise UserError(f"training: a distillation weight of {weight} needs a teacher")
         self.module = channels_last(module)
-        self.task, self.seed, self.batch, self.lr, self.clip, self.pause = task, seed, batch, lr, clip, pause
+        asked = {"lr": lr, "batch": batch, "momentum": momentum, "decay": decay, "clip": clip}
+        self.recipe = recipe(task).model_copy(update={key: value for key, value in asked.items() if value is not None})
+        self.task, self.seed, self.pause = task, seed, pause
+        self.batch, self.lr, self.clip = self.recipe.batch, self.recipe.lr, self.recipe.clip
         self.weight, self.temperature = weight, temperature
         self.instruments = tuple(instruments)
         self.teacher = None
         if teacher is not None and weight > 0:
             self.teacher = channels_last(teacher).eval()
         self.bf16 = bf16_pays() if bf16 is None else bf16
-        self.steps_per_epoch = sum(1 for _ in task.batches("train", batch))
+        self.steps_per_epoch = steps(task, "train", self.batch)
         self.total = max(1, round(epochs * self.steps_per_epoch))
         self.step = 0
         # scales and biases are not decayed (He et al. 2019, "Bag of tricks", section 3.1)
         weights = [p for p in module.parameters() if p.ndim > 1]
         others = [p for p in module.parameters() if p.ndim <= 1]
-        groups = [{"params": weights, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+        groups = [{"params": weights, "weight_decay": self.recipe.decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = _optimizer(self.recipe, groups)
 
     def run_to(self, fidelity: float) -> dict[str, float]:
         """Train up to this share of the full training; what is behind already is not repeated.
@@ -186,9 +196,10 @@ class Training:
         for name, tensor in self.module.state_dict().items():
             tensors[f"module.{name}"] = tensor
         for name, parameter in self.module.named_parameters():
-            momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if momentum is not None:
-                tensors[f"momentum.{name}"] = momentum
+            kept = self.optimizer.state.get(parameter, {})
+            for key, short in MOMENTS[self.recipe.optimizer].items():
+                if kept.get(key) is not None:
+                    tensors[f"{short}.{name}"] = kept[key]
         return write_tensors(
             {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
         )
@@ -214,11 +225,17 @@ class Training:
             raise UserError("training state: " + " ".join(str(error).split())[:300]) from error
         for name, parameter in self.module.named_parameters():
             self.optimizer.state.pop(parameter, None)
-            if (momentum := tensors.get(f"momentum.{name}")) is not None:
-                self.optimizer.state[parameter]["momentum_buffer"] = (
-                    torch.empty_like(parameter).copy_(momentum).detach()
-                )
+            for key, short in MOMENTS[self.recipe.optimizer].items():
+                if (moment := tensors.get(f"{short}.{name}")) is not None:  # in the parameter's own memory layout
+                    like = torch.empty_like(parameter if moment.shape == parameter.shape else moment)
+                    self.optimizer.state[parameter][key] = like.copy_(moment).detach()
         self.step = int(clock[0])
+
+
+def _optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
 
 
 def _as_images(inputs: Tensor) -> Tensor:

@@ -57,22 +57,28 @@ def accuracy(module: nn.Module, split: str = "selection") -> float:
         return Digits().quality(lambda x: module(torch.from_numpy(x)).numpy(), split).value.value
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
-def test_pieces_equal_one_go(bf16):
-    whole = training_of(net(), Digits(), 1.5, 7, bf16=bf16)
+class Adam(Digits):
+    training = {"optimizer": "adamw", "lr": 2e-3}
+
+
+@pytest.mark.parametrize(
+    ("task", "bf16"), [(Digits(), False), (Digits(), True), (Adam(), False)], ids=["float32", "bfloat16", "adamw"]
+)
+def test_pieces_equal_one_go(task, bf16):
+    whole = train.Training(net(), task, 1.5, 7, bf16=bf16, batch=32)
     whole.run_to(1.0)
-    first = training_of(net(), Digits(), 1.5, 7, bf16=bf16)
+    first = train.Training(net(), task, 1.5, 7, bf16=bf16, batch=32)
     first.run_to(0.1)
     first.run_to(0.3)  # in the middle of an epoch
     state = first.state()
     torch.rand(100)  # the global generator is nobody's business
-    second = training_of(net(seed=99), Digits(), 1.5, 7, bf16=bf16)
+    second = train.Training(net(seed=99), task, 1.5, 7, bf16=bf16, batch=32)
     second.load(state)
     assert second.state() == state
     second.run_to(1.0)
     assert same(whole.module, second.module)
     assert whole.state() == second.state()
-    other = training_of(net(), Digits(), 1.5, 8, bf16=bf16)
+    other = train.Training(net(), task, 1.5, 8, bf16=bf16, batch=32)
     other.run_to(1.0)
     assert not same(whole.module, other.module)
 
@@ -133,6 +139,44 @@ def test_schedule_rises_and_ends_at_nothing():
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert all(0 < one_cycle(step, total) <= 1 for total in (1, 2, 3) for step in range(total))
+
+
+def test_a_tasks_recipe_is_respected():
+    training = train.Training(net(), Adam(), 1, 0)
+    assert isinstance(training.optimizer, torch.optim.AdamW)
+    assert (training.lr, training.batch, training.recipe.decay) == (2e-3, 64, 0.01)
+    assert train.Training(net(), Adam(), 1, 0, lr=0.1).lr == 0.1
+    training.run_to(1.0)
+    assert accuracy(training.module) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"rate": 1.0}, r"task digits: training\.rate: no such setting, there are optimizer, lr"),
+        ({"lr": -1.0}, r"training\.lr: Input should be greater than 0"),
+        ({"optimizer": "lion"}, r"training\.optimizer: Input should be 'sgd' or 'adamw'"),
+        ({"batch": 1}, r"training\.batch: Input should be greater than or equal to 2"),
+        ("adamw", r"write a mapping such as"),
+    ],
+)
+def test_a_recipe_that_is_none_is_named(asked, says):
+    class Odd(Digits):
+        training = asked
+
+    with pytest.raises(UserError, match=says):
+        train.Training(net(), Odd(), 1, 0)
+
+
+def test_a_task_that_counts_is_not_run_through_to_count():
+    class Counting(Digits):
+        def count(self, split):
+            return {"train": 1077}[split]
+
+        def batches(self, *args, **options):
+            raise AssertionError("drawn")
+
+    assert train.Training(net(), Counting(), 2, 0).total == train.Training(net(), Digits(), 2, 0).total
 
 
 class Poisoned(Digits):
