@@ -9,16 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from autocompress import artifact, certify, export, pareto
+from autocompress.controller import trial_seed
 from autocompress.devices.station import Station
 from autocompress.models.trace import examples, thop_count
 from autocompress.parent import Baseline
 from autocompress.parts import Parts
 from autocompress.pipeline import Work, qualities, release
 from autocompress.space import decode
+from autocompress.stages import stages
 from autocompress.store import Store
 from autocompress.summary import Arm, Finding
-from autocompress.types import Goal, Policy, Quality, Reading, Receipt, Rule, State, Trial, TrialFailure
+from autocompress.types import Goal, Policy, Quality, Reading, Receipt, Rule, Stage, State, Trial, TrialFailure
 
 FINALISTS = 3
 ROOM = 0.1
@@ -96,6 +100,7 @@ class Finals:
     out: Path
     exporter: str
     test: dict[str, Quality] = field(default_factory=dict)  # by sha256 of the file: each meets the test split once
+    made: dict[int, tuple[Stage, ...]] = field(default_factory=dict)  # by trial number
     sessions: Sessions = field(init=False)
 
     def __post_init__(self) -> None:
@@ -172,8 +177,18 @@ class Finals:
             macs=trial.outcome.macs,
             parameters=trial.outcome.parameters,
             path=str(path),
+            stages=self.stages(trial, files),
             tried=tuple(tried.number for tried, _ in chosen.tried),
         )
+
+    def stages(self, trial: Trial, files: Kept) -> tuple[Stage, ...]:
+        """Where quality was lost and regained on the way to a winner; made once for all goals that it wins."""
+        if trial.number not in self.made:
+            candidate = decode(self.parts.space, trial.genotype)
+            torch.manual_seed(trial_seed(self.parts.job.search.seed, trial.number))
+            model = next(iter(files.models.values()))
+            self.made[trial.number] = stages(self.work, candidate, files.structure, files.weights, model, "selection")
+        return self.made[trial.number]
 
     def write(
         self,

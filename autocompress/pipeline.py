@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -232,17 +232,25 @@ def ordered(policy: Policy, ops: Mapping[str, Op], phase: Phase) -> list[tuple[s
     return [(name, ops[name], policy.of(name)) for name in known if ops[name].phase == phase]
 
 
-def shape(work: Work, candidate: Candidate) -> Shaped:
-    """Build, inherit the parent's weights, decide and enact the structure ops, re-estimate batch norm."""
+def shape(
+    work: Work, candidate: Candidate, look: Callable[[str, nn.Module], None] = lambda _name, _module: None
+) -> Shaped:
+    """Build, inherit the parent's weights, decide and enact the structure ops, re-estimate batch norm.
+
+    `look` is shown the module after each stage.
+    """
     module = work.builder.build(candidate.arch)
     work.builder.inherit(module, work.parent, candidate.arch)
+    look("inherited", module)
     receipts: list[Receipt] = []
     for name, op, rules in ordered(candidate.policy, work.ops, "structure"):
         tensors: dict[str, Any] = {}
         receipt = op.decide(module, rules, work.task, work.shape_profile, tensors)
         module = op.enact(module, receipt, tensors)
         receipts.append(receipt.model_copy(update={"op": name}))  # a plug-in goes by its module:attr
+        look(name, module)
     reestimate_batchnorm(module, work.task, BATCHNORM_BATCHES, pause=work.gate.step)
+    look("batch norm", module)
     return Shaped(module, tuple(receipts), instrument(work, module, candidate.policy))
 
 

@@ -34,6 +34,7 @@ from autocompress.types import (
     Reading,
     Record,
     Space,
+    Stage,
     State,
     Trial,
     UserError,
@@ -59,6 +60,7 @@ class Finding(Record):
     macs: int = 0
     parameters: int = 0
     path: str = ""  # of the artifact, relative to OUT
+    stages: tuple[Stage, ...] = ()
     tried: tuple[int, ...] = ()  # numbers of the finalists measured again, in order
 
 
@@ -112,6 +114,7 @@ class Winner(Record):
     parameters: int = 0
     devices: dict[str, Figures] = {}
     tried: tuple[int, ...] = ()
+    stages: tuple[Stage, ...] = ()  # quality on the selection split on the way from the parent to the file
     path: str = ""
 
 
@@ -479,6 +482,7 @@ def _winner(
         parameters=finding.parameters,
         devices=devices,
         tried=finding.tried,
+        stages=finding.stages,
         path=finding.path,
     )
 

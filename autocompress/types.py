@@ -194,6 +194,13 @@ class Quality(Record):
     samples: int
 
 
+class Stage(Record):
+    """Quality of a network after one stage of its making."""
+
+    name: str  # inherited, an op's name, batch norm, trained, shipped
+    quality: Quality
+
+
 class State(StrEnum):
     """Where a trial stands. `running` and `rung` are open; the others are ends of an attempt."""
 

@@ -2,10 +2,10 @@
 
     python benchmarks/evaluate.py [--model torchvision:resnet50] [--size 224] [--epochs 0.02] [--json FILE]
 
-One process, one thread, random images. `trace_space_s`: finding sites and blocks and deriving `space: auto`, for ResNet-50
-and ViT-B. `decide_s`: deciding and enacting a whole policy (pruning 30 %, low rank 50 %) on `--model`, first and with
-what is cached from the first. Then one trial of `--model` (the same policy and int8, a short training) by stages, and
-the peak of its memory beside weights, gradients, momenta, teacher and one batch's activations.
+One process, one thread, random images. `trace_space_s`: finding sites and blocks and deriving `space: auto`, for
+ResNet-50 and ViT-B. `decide_s`: deciding and enacting a whole policy (pruning 30 %, low rank 50 %) on `--model`, first
+and with what is cached from the first. Then one trial of `--model` (the same policy and int8, a short training) by
+stages, and the peak of its memory beside weights, gradients, momenta, teacher and one batch's activations.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Adds what passes inside."""
         started = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started

@@ -146,7 +146,7 @@ class Noise:
             count = min(size, left)
             left -= count
             inputs = tuple(self._draw(one, count, generator) for one in self.input.every)
-            yield inputs if len(inputs) > 1 else inputs[0], torch.randint(0, CLASSES, (count,), generator=generator)
+            yield inputs[0] if len(inputs) == 1 else inputs, torch.randint(0, CLASSES, (count,), generator=generator)
 
     def _draw(self, one: InputSpec, count: int, generator: torch.Generator) -> torch.Tensor:
         if one.dtype == "float32":
