@@ -12,7 +12,8 @@ import re
 import threading
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any, Literal
@@ -76,12 +77,14 @@ def export(module: nn.Module, spec: InputSpec, *, opset: int, exporter: Exporter
         for weight, data in layouts:
             weight.data = torch.empty(data.shape, dtype=data.dtype).copy_(data)  # contiguous() keeps strides of 1x1
         calls = _weighted_calls(module, example)
-        with _LOCK, warnings.catch_warnings():
+        with _LOCK, _no_dump(), warnings.catch_warnings():
             # torch >= 2.9 announces the end of this exporter, which takes a tenth of the other's time
             warnings.filterwarnings("ignore", "You are using the legacy TorchScript-based", DeprecationWarning)
             warnings.filterwarnings("ignore", "The feature will be removed. Please", DeprecationWarning)
-            # traced control flow is judged by parity at another batch size, not by its form
+            # traced control flow is judged by parity at another batch size, not by its form, and so is everything else
+            # that an exporter has doubts about (negative indices, fixed sizes ...)
             warnings.simplefilter("ignore", TracerWarning)
+            warnings.simplefilter("ignore", UserWarning)
             # torch 2.13's dynamo exporter calls what its own pytree deprecates
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             write = _with_torchscript if exporter == "torchscript" else _with_dynamo
@@ -111,6 +114,17 @@ def _line(error: BaseException) -> str:
 
 
 # --- the two exporters ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _no_dump() -> Iterator[None]:
+    """Of a graph that it cannot write, torch (up to 2.13) prints every node, though it was not asked to be verbose."""
+    log = torch._C._jit_onnx_log
+    torch._C._jit_onnx_log = lambda *_: None
+    try:
+        yield
+    finally:
+        torch._C._jit_onnx_log = log
 
 
 def _with_torchscript(

@@ -59,6 +59,17 @@ EXTRAS = {
 }
 
 
+def optional(package: str, what: str) -> Any:
+    """A package that an extra of ours brings. Raises UserError with the pip line if it is not installed."""
+    try:
+        return import_module(package)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        raise UserError(f"{what} needs more packages: pip install 'autocompress[{extra}]'") from error
+
+
 def resolve(kind: Kind, name: str, *, trusted: bool = True) -> Any:
     """What goes by `name`: a class to call or an object ready for use, as its module defines it.
 
@@ -139,13 +150,7 @@ def _package(entry: EntryPoint) -> str:
 
 def _built_in(kind: Kind, name: str) -> Any:
     module, _, attribute = BUILT_IN[kind][name].partition(":")
-    try:
-        return getattr(import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
-            raise
-        raise UserError(f"{kind} {name!r} needs more packages: pip install 'autocompress[{extra}]'") from error
+    return getattr(optional(module, f"{kind} {name!r}"), attribute)
 
 
 def _from_source(source: str, name: str) -> Any:
