@@ -21,14 +21,17 @@ from autocompress.types import TrialFailure
 
 IR_VERSION = 9
 """Newest file format that onnxruntime 1.17 reads; nothing written here needs a newer one."""
-TARGET = {"Reshape": 1, "Expand": 1, "Resize": 3}
-"""Where a node takes the shape that it gives."""
+RESIZE_SIZES = 3
+"""Where a Resize takes the shape that it gives."""
+PROTOBUF_LIMIT = 2**31
+SETTLED_BYTES = 1 << 20
+"""Largest tensor computed from shapes (positions, masks) that is written into the file."""
 
 
 def settle(model: onnx.ModelProto, example: Mapping[str, NDArray[Any]]) -> None:
     """Remove in place what the data do not decide: constant nodes, computed sizes, means that are pooling."""
     _inline_constants(model)
-    _settle_targets(model, example)
+    _settle_sizes(model, example)
     _settle_means(model)
     _drop_dead(model)
 
@@ -52,29 +55,30 @@ def _inline_constants(model: onnx.ModelProto) -> None:
     replace(graph.node, kept)
 
 
-def _settle_targets(model: onnx.ModelProto, example: Mapping[str, NDArray[Any]]) -> None:
-    """Sizes that the file would compute from the batch's shape on every run become constants where they are constant.
+def _settle_sizes(model: onnx.ModelProto, example: Mapping[str, NDArray[Any]]) -> None:
+    """What the file would compute from its tensors' shapes on every run becomes a constant where it is constant.
 
-    TorchScript writes ten small nodes per channel shuffle, both exporters four per resize. The sizes are read off at
-    two batch sizes: equal ones are constant, and a Reshape may leave its first axis to the runtime.
+    TorchScript writes ten small nodes per channel shuffle or split into heads, both exporters four per resize. The
+    values are read off at two batch sizes: equal ones are constant, and a Reshape may leave one axis to the runtime.
     """
     graph = model.graph
     constants = {tensor.name for tensor in graph.initializer}
-    producers = {name: node for node in graph.node for name in node.output}
-    asking: list[tuple[onnx.NodeProto, int]] = []
-    for node in graph.node:
-        place = TARGET.get(node.op_type, len(node.input))
-        target = node.input[place] if place < len(node.input) else ""
-        if target and target not in constants and _of_shapes(target, producers, constants):
-            asking.append((node, place))
+    derived = _of_shapes(model, constants)
+    asking = [
+        (node, place)
+        for node in graph.node
+        for place, name in enumerate(node.input)
+        if name in derived and not derived.issuperset(node.output)
+    ]
     if not asking:
         return
-    wanted = list(dict.fromkeys(name for node, place in asking for name in (node.input[place], node.input[0])))
+    resized = [node.input[0] for node, _ in asking if node.op_type == "Resize"]
+    wanted = list(dict.fromkeys((*(node.input[place] for node, place in asking), *resized)))
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     replace(probe.graph.output, [onnx.ValueInfoProto(name=name) for name in wanted if name not in example])
     names = [output.name for output in probe.graph.output]
-    probing = open_session(probe.SerializeToString())
+    probing = open_session(write(probe))
     found: list[dict[str, NDArray[Any]]] = []
     longer = {name: np.concatenate((values, values[:1])) for name, values in example.items()}
     used = {value.name for value in graph.input}  # an input that nothing reads is not in the file
@@ -83,8 +87,8 @@ def _settle_targets(model: onnx.ModelProto, example: Mapping[str, NDArray[Any]])
         outputs: list[Any] = list(probing.run(names, feed))
         found.append({**feed, **dict(zip(names, outputs, strict=True))})
     for node, place in asking:
-        one, other = (values[node.input[place]].copy() for values in found)
-        if node.op_type == "Resize":
+        one, other = (np.array(values[node.input[place]]) for values in found)
+        if node.op_type == "Resize" and place == RESIZE_SIZES:
             before = found[0][node.input[0]].shape
             scales = np.array([1.0, *(new / old for new, old in zip(one[1:], before[1:], strict=True))], np.float32)
             exact = [int(np.floor(old * scale)) for old, scale in zip(before, scales, strict=True)] == one.tolist()
@@ -92,33 +96,38 @@ def _settle_targets(model: onnx.ModelProto, example: Mapping[str, NDArray[Any]])
                 graph.initializer.append(numpy_helper.from_array(scales, f"{node.output[0]}.scales"))
                 replace(node.input, [*node.input[:2], f"{node.output[0]}.scales"])
             continue
-        if node.op_type == "Reshape" and one[0] != other[0] and -1 not in one[1:]:
-            one[0] = other[0] = -1
-        if one.tolist() == other.tolist():
-            graph.initializer.append(numpy_helper.from_array(one, f"{node.output[0]}.target"))
-            node.input[place] = f"{node.output[0]}.target"
+        if node.op_type == "Reshape" and one.shape == other.shape and -1 not in one:
+            moving = np.flatnonzero(one != other)
+            if len(moving) == 1:
+                one[moving] = other[moving] = -1
+        if one.nbytes <= SETTLED_BYTES and one.shape == other.shape and one.tolist() == other.tolist():
+            name = f"{node.output[0]}.settled{place}"
+            graph.initializer.append(numpy_helper.from_array(one, name))
+            node.input[place] = name
 
 
-def _of_shapes(name: str, producers: Mapping[str, onnx.NodeProto], constants: set[str]) -> bool:
-    """True if a tensor is computed from shapes and constants alone."""
-    waiting, seen = [name], set[str]()
-    while waiting:
-        name = waiting.pop()
-        if name in seen or name in constants:
-            continue
-        seen.add(name)
-        if name not in producers:
-            return False
-        if producers[name].op_type != "Shape":
-            waiting.extend(filter(None, producers[name].input))
-    return True
+def _of_shapes(model: onnx.ModelProto, constants: set[str]) -> set[str]:
+    """Tensors that are computed from shapes and constants alone, constants themselves left out."""
+    derived: set[str] = set()
+    for node in model.graph.node:
+        inputs = [name for name in node.input if name]
+        settled = bool(inputs) and all(name in constants or name in derived for name in inputs)
+        random = node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial", "Dropout")
+        if node.op_type == "Shape" or (settled and not random and not _has_graph(node)):
+            derived.update(filter(None, node.output))
+    return derived
+
+
+def _has_graph(node: onnx.NodeProto) -> bool:
+    """True for If, Loop and Scan, whose bodies read tensors that are not among the inputs."""
+    return any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute)
 
 
 def _settle_means(model: onnx.ModelProto) -> None:
     """A mean over all positions of (n, c, h, w) becomes GlobalAveragePool, which has an integer form."""
     if not any(node.op_type == "ReduceMean" for node in model.graph.node):
         return
-    ranks = _ranks(shape_inference.infer_shapes(model))
+    ranks = {name: len(found.shape.dim) for name, found in types_of(model).items()}
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     kept: list[onnx.NodeProto] = []
     for node in model.graph.node:
@@ -136,12 +145,6 @@ def _settle_means(model: onnx.ModelProto) -> None:
         if flat:
             kept.append(helper.make_node("Flatten", [pooled], [node.output[0]], f"{node.name}.flat", axis=1))
     replace(model.graph.node, kept)
-
-
-def _ranks(model: onnx.ModelProto) -> dict[str, int]:
-    graph = model.graph
-    infos = (*graph.input, *graph.value_info, *graph.output)
-    return {info.name: len(info.type.tensor_type.shape.dim) for info in infos}
 
 
 def _drop_dead(model: onnx.ModelProto) -> None:
@@ -190,7 +193,7 @@ def rename(model: onnx.ModelProto, sites: Mapping[int, str]) -> dict[str, tuple[
                 node.input[place] = tensors.get(name, name)
         for place, name in enumerate(node.output):
             if name and name not in outer:
-                tensors[name] = node.name if place == 0 else f"{node.name}.{place}"
+                tensors[name] = node.name if place == 0 else f"{node.name}.out{place}"  # `.1` is a constant it reads
                 node.output[place] = tensors[name]
     replace(graph.initializer, fresh.values())
     return {site: tuple(names) for site, names in by_site.items()}
@@ -210,6 +213,43 @@ def strip(model: onnx.ModelProto) -> None:
     graph.ClearField("value_info")
     graph.name = "autocompress"
     model.ir_version = min(model.ir_version, IR_VERSION)
+
+
+def read(model: bytes) -> onnx.ModelProto:
+    """A file's content."""
+    return onnx.load_model_from_string(model)
+
+
+def write(model: onnx.ModelProto) -> bytes:
+    """A file of a graph; equal graphs give equal bytes. Raises TrialFailure above protobuf's limit of 2 GB."""
+    try:
+        return model.SerializeToString(deterministic=True)
+    except Exception as error:  # protobuf's own classes differ between its implementations
+        size = sum(tensor.ByteSize() for tensor in model.graph.initializer)
+        if size < PROTOBUF_LIMIT:
+            raise
+        raise TrialFailure(f"the network's weights take {size / 1e9:.1f} GB, an ONNX file holds 2 GB") from error
+
+
+def types_of(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
+    """Element type and shape of every tensor that they can be inferred for, large weights not being copied."""
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    graph = light.graph
+    graph.name = "types"
+    graph.node.extend(model.graph.node)
+    graph.input.extend(model.graph.input)
+    graph.output.extend(model.graph.output)
+    for tensor in model.graph.initializer:
+        if len(tensor.dims) <= 1 and sum(tensor.dims) <= 64:  # sizes and axes, which shapes depend on
+            graph.initializer.append(tensor)
+        elif tensor.name not in {value.name for value in graph.input}:
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    inferred = shape_inference.infer_shapes(light).graph
+    found = {info.name: info.type.tensor_type for info in (*inferred.input, *inferred.value_info, *inferred.output)}
+    for tensor in model.graph.initializer:
+        if tensor.name not in found:
+            found[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type
+    return found
 
 
 def opset_of(model: onnx.ModelProto) -> int:
@@ -242,7 +282,7 @@ def graph_hash(model: bytes, weights: bool) -> str:
     Without `weights`, of what its latency depends on: operations, attributes, types and shapes, and the values of
     whole-number constants (axes, sizes) and of a Resize's scales; not of weights or quantization scales.
     """
-    graph = onnx.load_model_from_string(model).graph
+    graph = read(model).graph
     digest = hashlib.sha256()
     tensors = {tensor.name: _described(tensor, weights) for tensor in graph.initializer}
     values = {tensor.name: tensor for tensor in graph.initializer}
