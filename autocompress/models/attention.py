@@ -156,8 +156,8 @@ def unfold(module: nn.Module) -> nn.Module:
     for part in list(module.modules()):
         if isinstance(part, nn.TransformerEncoder):
             part.use_nested_tensor = False  # decided when it was made; it would read weights that are gone
-        for name, child in list(part.named_children()):
-            if _unfolds(child):
+        for name, child in list(part._modules.items()):  # named_children() passes over a second name
+            if child is not None and _unfolds(child):
                 if child not in modules:
                     modules[child] = _unfolded(child, thirds)
                 setattr(part, name, modules[child])
