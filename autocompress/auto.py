@@ -1,18 +1,307 @@
-"""`space: auto`: the joint space derived from a network's sites."""
+"""`space: auto`: the joint space derived from a network's sites (floor F1).
+
+Genes exist only where they can matter: a site's share of the network decides whether it is asked to be replaced or
+split, its channels which ratios differ on the target at all. Where the sites are too many for a search, neighbouring
+ones are tied: one gene for all that lies under a module. The same network gives the same space, always.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from autocompress.types import Space
+from autocompress import registry, spacefile
+from autocompress.load import SpaceFile, holder
+from autocompress.types import Choice, Gene, Site, Space
 
 if TYPE_CHECKING:
     from autocompress.models import Builder
     from autocompress.tasks import Task
 
 NAME = "auto"
+MOST = 150  # genes; beyond it sites are tied
+RATIOS = (0.25, 0.5, 0.75)
+RANKS = (0.5, 0.25)
+BLOCKS = ("merge", "drop")
+REPLACEMENTS = ("separable", "shuffle", "bottleneck", "smaller")
+# Least share of the network's multiply-adds that makes a site worth a gene; a prune gene's also counts its parameters.
+SHARES = {"replace": 0.02, "lowrank": 0.01, "prune": 0.002}
+ORDER = ("replace", "prune", "lowrank", "quantize")  # of policy genes after the blocks'
+TIED = {"quantize": 1.0, "lowrank": 1.0, "replace": 1.0, "prune": 0.5}  # how soon an op's sites are tied
+ABOUT = "Derived from the network; edit it and name this file in the job's `space`"
+
+Choices = tuple[Choice, ...]
+Places = dict[str, tuple[Site, ...]]
+"""Path -> the sites that one gene there stands for."""
 
 
-def space(builder: Builder, task: Task) -> Space:  # noqa: ARG001
-    """The genes that make sense for this network."""
-    return Space(name=NAME, genes=())
+def file(builder: Builder, task: Task, *, multiple: int = 1) -> SpaceFile:
+    """The derived space as its YAML file writes it."""
+    return spacefile.of(space(builder, task, multiple=multiple), builder.name, ABOUT)
+
+
+def space(builder: Builder, task: Task, *, multiple: int = 1) -> Space:  # noqa: ARG001  a task has no say as yet
+    """The genes that make sense for this network; `multiple` is the targets' largest channel multiple.
+
+    Architecture first, then blocks, then each op's sites from input to output, then the training's recipe.
+    """
+    sites = tuple(sorted(builder.sites(), key=lambda site: (site.depth, len(site.name))))
+    recipe = tuple(_recipe())
+    arch = tuple(
+        Gene(name=knob, kind="arch", choices=choices) for knob, choices in arch_choices(builder).items() if choices[1:]
+    )
+    blocks = tuple(_blocks(sites))
+    whole = _Whole.of(sites, multiple)
+    asked = {op: whole.places(op) for op in ORDER}
+    tied = tie(asked, MOST - len(arch) - len(blocks) - len(recipe))
+    genes = {gene.name: gene for gene in (*arch, *blocks)}
+    for op in ORDER:
+        for path, members in tied[op].items():
+            when = _when(path, op, sites, genes)
+            if when is not None:
+                param = PARAMS[op]
+                name = f"{op}.{param}@{path}"
+                choices = whole.choices(op, members)
+                genes[name] = Gene(name=name, kind="policy", choices=choices, when=when, site=path, op=op, param=param)
+    return Space(name=NAME, genes=(*genes.values(), *recipe))
+
+
+PARAMS = {"block": "kind", "replace": "kind", "prune": "ratio", "lowrank": "rank", "quantize": "bits"}
+
+
+def reduce(full: Space, gone: Collection[tuple[str, Choice]]) -> Space:
+    """The space without the choices in `gone` (gene's name, choice); what can no longer differ goes with them."""
+    lost = {(name, isinstance(choice, bool), choice) for name, choice in gone}
+    left: dict[str, Gene] = {}
+    fixed: dict[str, Choice] = {}
+    for gene in full.genes:
+        first, *others = gene.choices
+        choices = (first, *(c for c in others if (gene.name, isinstance(c, bool), c) not in lost))
+        when: dict[str, Choices] | None = {}
+        for key, allowed in gene.when.items():
+            held = tuple(c for c in (left[key].choices if key in left else (fixed[key],)) if _among(c, allowed))
+            if not held:
+                when = None
+                break
+            if key in left and len(held) < len(left[key].choices):
+                when[key] = held
+        if when is None or len(choices) == 1:
+            fixed[gene.name] = first
+        else:
+            left[gene.name] = gene.model_copy(update={"choices": choices, "when": when})
+    return Space(name=full.name, genes=tuple(left.values()))
+
+
+# --- architecture, recipe, blocks -----------------------------------------------------------------------------------
+
+
+def arch_choices(builder: Builder) -> Mapping[str, Choices]:
+    """Knob -> choices, the parent's own first: the builder's `choices()`, else smaller whole numbers that it builds."""
+    own: Callable[[], Mapping[str, Choices]] | None = getattr(builder, "choices", None)
+    if callable(own):
+        return {knob: tuple(choices) for knob, choices in own().items()}
+    found: dict[str, Choices] = {}
+    for knob, value in builder.knobs.items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            smaller = dict.fromkeys(round(value * share) for share in (0.75, 0.5, 0.25))
+            found[knob] = (value, *(one for one in smaller if 0 < one < value and _builds(builder, knob, one)))
+    return found
+
+
+def _builds(builder: Builder, knob: str, choice: Choice) -> bool:
+    try:
+        builder.build({knob: choice})
+    except Exception:  # noqa: BLE001  a stranger's builder may raise anything; what it cannot build is no choice
+        return False
+    return True
+
+
+def _recipe() -> Iterable[Gene]:
+    """How candidates are trained: distillation from the parent, and simulated integers."""
+    distill, qat = _params("distill"), _params("qat")
+    weight = _gene("distill", "weight", ".", (0.0, 0.5, 0.9))
+    yield weight
+    if "kind" in distill:
+        kinds = ("response", "attention", "features")
+        yield _gene("distill", "kind", ".", kinds, {weight.name: weight.choices[1:]})
+    if "bits" in qat:
+        yield _gene("qat", "bits", ".", ("float", "int8"))
+
+
+def _params(op: str) -> Mapping[str, Any]:
+    return registry.make("op", op).params if op in registry.BUILT_IN["op"] else {}
+
+
+def _blocks(sites: Iterable[Site]) -> Iterable[Gene]:
+    """Inner blocks (a transformer layer's attention) after the ones that hold them."""
+    made: list[Gene] = []
+    for site in sites:
+        if "block" in site.ops:
+            choices = _offered(site, "block", ("keep", *BLOCKS))
+            outer: dict[str, Choices] = {g.name: ("keep",) for g in made if site.name.startswith(f"{g.site}.")}
+            if choices[1:]:
+                made.append(_gene("block", "kind", site.name, choices, outer))
+    return made
+
+
+def _gene(op: str, param: str, site: str, choices: Choices, when: dict[str, Choices] | None = None) -> Gene:
+    return Gene(
+        name=f"{op}.{param}@{site}", kind="policy", choices=choices, when=when or {}, site=site, op=op, param=param
+    )
+
+
+# --- sites --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """The network that a site is a share of."""
+
+    sites: tuple[Site, ...]
+    macs: int
+    parameters: int
+    multiple: int
+
+    @classmethod
+    def of(cls, sites: tuple[Site, ...], multiple: int) -> _Whole:
+        layers = [site for site in sites if "block" not in site.ops]
+        macs, parameters = (sum(values) for values in zip(*((one.macs, one.parameters) for one in layers), strict=True))
+        return cls(sites, max(macs, 1), max(parameters, 1), multiple)
+
+    def share(self, members: Iterable[Site], *, parameters: bool = False) -> float:
+        """Of the network's multiply-adds, or of its parameters if that is more."""
+        members = tuple(members)
+        macs = sum(site.macs for site in members) / self.macs
+        return max(macs, sum(site.parameters for site in members) / self.parameters) if parameters else macs
+
+    def places(self, op: str) -> Places:
+        """Where a gene of `op` is worth its place: at single sites, or where these are many and small, tied ones."""
+        places: Places = {site.name: (site,) for site in self.sites if len(self.choices(op, (site,))) > 1}
+        every = tuple(site for members in places.values() for site in members)
+        while True:
+            worth = {
+                path: members
+                for path, members in places.items()
+                if self.share(members, parameters=op == "prune") >= SHARES.get(op, 0.0)
+            }
+            covered = self.share(site for members in worth.values() for site in members)
+            wider = coarser(places)
+            if op == "prune" or 2 * covered >= self.share(every) or len(wider) == len(places):
+                return worth
+            places = wider
+
+    def choices(self, op: str, members: tuple[Site, ...]) -> Choices:
+        """What a gene of `op` for these sites may ask: whatever makes sense at one of them."""
+        found = {choice for site in members if op in site.ops for choice in self._choices(op, site)}
+        rank = {choice: place for place, choice in enumerate(_ALL[op])}
+        return tuple(sorted(found, key=lambda choice: rank[choice]))
+
+    def _choices(self, op: str, site: Site) -> Choices:
+        neutral, *offered = _offered(site, op, _ALL[op])
+        if op == "prune":
+            return (neutral, *distinct(site.out_channels, tuple(map(float, offered)), self.multiple))
+        if op == "lowrank":
+            return (neutral, *(rank for rank in offered if pays(site, float(rank), self.multiple)))
+        return (neutral, *offered)
+
+
+_ALL: dict[str, Choices] = {
+    "prune": (0.0, *RATIOS),
+    "lowrank": (1.0, *RANKS),
+    "replace": ("keep", *REPLACEMENTS),
+    "quantize": ("float", "int8"),
+}
+
+
+def _offered(site: Site, op: str, choices: Choices) -> Choices:
+    """Of `choices` those that the site allows, the first in any case."""
+    allowed = site.choices.get(op, choices)
+    return (choices[0], *(choice for choice in choices[1:] if _among(choice, allowed)))
+
+
+def distinct(channels: int, ratios: tuple[float, ...], multiple: int) -> tuple[float, ...]:
+    """The ratios that cut a layer of `channels` to different multiples of `multiple`, at least one apart."""
+    found: list[float] = []
+    last = channels
+    for ratio in ratios:
+        keep = int(channels * (1 - ratio) / multiple + 0.5) * multiple
+        if 0 < keep <= last - multiple:
+            found.append(ratio)
+            last = keep
+    return tuple(found)
+
+
+def pays(site: Site, rank: float, multiple: int) -> bool:
+    """Whether two factors of this share of the full rank cost less than the layer (plain SVD)."""
+    inputs = site.in_channels * site.kernel**2
+    full = min(site.out_channels, inputs)
+    wanted = max(int(rank * full / multiple + 0.5) * multiple, 1)
+    return wanted * (inputs + site.out_channels) < inputs * site.out_channels
+
+
+def _when(path: str, op: str, sites: tuple[Site, ...], genes: Mapping[str, Gene]) -> dict[str, Choices] | None:
+    """Under which choices of earlier genes the gene means anything; None if under none."""
+    place = next((site for site in sites if site.name == path and op in site.ops), None) or holder(path, sites, op)
+    assert place is not None, "a gene's path is a site's or leads to some"
+    asked = [(key, values) for key, values in place.when.items() if key in genes]
+    # of a merged block its one convolution is left, which can still be an integer one
+    standing: Choices = ("keep", "merge") if op == "quantize" else ("keep",)
+    blocks = (gene for gene in genes.values() if gene.op == "block")
+    asked += [(gene.name, standing) for gene in blocks if f"{path}.".startswith(f"{gene.site}.")]
+    if op == "lowrank" and (other := f"replace.kind@{path}") in genes:
+        asked.append((other, ("keep",)))
+    when: dict[str, Choices] = {}
+    for key, values in asked:
+        held = tuple(choice for choice in genes[key].choices if _among(choice, values))
+        if not held:
+            return None
+        if len(held) < len(genes[key].choices):
+            when[key] = held
+    return when
+
+
+# --- tying --------------------------------------------------------------------------------------------------------
+
+
+def tie(asked: Mapping[str, Places], most: int) -> dict[str, Places]:
+    """At most `most` genes, if it can be had: again and again the op with most genes goes a step up.
+
+    From layers to blocks, to stages and so on; a tied prune gene reaches into groups that begin elsewhere, so it waits.
+    """
+    tied = {op: dict(places) for op, places in asked.items()}
+    turns = list(TIED)
+    while turns and sum(map(len, tied.values())) > most:
+        op = max(turns, key=lambda one: len(tied[one]) * TIED[one])
+        coarse = coarser(tied[op])
+        if len(coarse) == len(tied[op]):
+            turns.remove(op)
+        tied[op] = coarse
+    return tied
+
+
+def coarser(places: Places) -> Places:
+    """Fewer genes: the deepest paths give way to the modules that hold them, until some meet; the same if none can.
+
+    A module that holds a single site goes by the site's name.
+    """
+    paths = {path: path for path in places}  # place -> path that will stand for it
+    while (deepest := max((path.count(".") for path in paths.values()), default=0)) > 0:
+        paths = {
+            place: path.rpartition(".")[0] if path.count(".") == deepest else path for place, path in paths.items()
+        }
+        if len(set(paths.values())) < len(paths):
+            break
+    else:
+        return places
+    found: dict[str, list[str]] = {}
+    for place, path in paths.items():
+        found.setdefault(path, []).append(place)
+    return {
+        path if len(held) > 1 else held[0]: tuple(site for place in held for site in places[place])
+        for path, held in found.items()
+    }
+
+
+def _among(choice: Choice, choices: Iterable[Choice]) -> bool:
+    return any(isinstance(choice, bool) == isinstance(one, bool) and choice == one for one in choices)

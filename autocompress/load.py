@@ -14,10 +14,11 @@ The grammar of a space file (one record, `SpaceFile`):
 
 A row makes a gene `op.param@site` at every site that a glob of `sites` (one or a list; `*` also matches dots) names and
 that lists the op (a plug-in's op: every site that is named); `"."`, the whole network, is only for ops that act on
-training as a whole. The first choice leaves the network alone. `when` maps a knob to the choices (one or a list) under
-which the gene means anything; a knob is the name of an `arch` knob, of a gene (`{site}` stands for this row's site), of
-a parameter of the same op at the same site (`ratio`) or of another op's there (`prune.ratio`). A knob that this space
-leaves out stands at the parent's choice.
+training as a whole. A module's path that holds such sites makes one gene for all of them (`layer3`: the op acts on
+whatever is under it at once). The first choice leaves the network alone. `when` maps a knob to the choices (one or a
+list) under which the gene means anything; a knob is the name of an `arch` knob, of a gene (`{site}` stands for this
+row's site), of a parameter of the same op at the same site (`ratio`) or of another op's there (`prune.ratio`). A knob
+that this space leaves out stands at the parent's choice.
 """
 
 from __future__ import annotations
@@ -289,7 +290,10 @@ class _Draft:
                     raise UserError(f"sites: op {row.op!r} acts on single sites; write `sites: '*'` for all of them")
                 picked["."] = root[0] if root else Site(name=".", kind="network", ops=(row.op,))
                 continue
-            named = [site for site in self.sites if site.name != "." and fnmatchcase(site.name, glob)]
+            named = [site for site in self.sites if site.name != "." and _names(glob, site.name)]
+            if not any(row.op in site.ops for site in named) and (tied := holder(glob, self.sites, row.op)):
+                picked[glob] = tied
+                continue
             if not named:
                 known = [site.name for site in self.sites]
                 raise UserError(f"sites: {glob!r} matches nothing in the network; {suggest(glob, known)}")
@@ -346,6 +350,30 @@ class _Draft:
         near = [gene.name for gene in self.genes.values()]
         near += [gene.param for gene in self.genes.values() if gene.op == op and site and gene.site == site.name]
         raise UserError(f"when: {key!r} is no knob of an earlier row; {suggest(key, near)}")
+
+
+def holder(path: str, sites: Iterable[Site], op: str) -> Site | None:
+    """The module at `path` as one site that stands for every site under it that lists `op`; None if none does.
+
+    It exists where any of them exists, as far as each knob on its own can say that.
+    """
+    members = [site for site in sites if site.name.startswith(f"{path}.") and op in site.ops]
+    if not members:
+        return None
+    shared = [key for key in members[0].when if all(key in member.when for member in members)]
+    when = {key: _union(member.when[key] for member in members) for key in shared}
+    return Site(name=path, kind="module", ops=(op,), when=when, depth=members[0].depth)
+
+
+def _union(sets: Iterable[Choices]) -> Choices:
+    found: list[Choice] = []
+    for choices in sets:
+        found += [choice for choice in choices if not _among(choice, found)]
+    return tuple(found)
+
+
+def _names(glob: str, site: str) -> bool:
+    return glob == site or fnmatchcase(site, glob)
 
 
 def _same(one: Choice, other: Any) -> bool:

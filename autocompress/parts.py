@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +53,8 @@ def parts(
     check_searcher(job.search)
     if job.quality.metric != data.metric:
         raise UserError(f"quality.metric: task {data.name!r} measures {data.metric!r}, not {job.quality.metric!r}")
-    genes = space or (auto.space(network, data) if job.space == auto.NAME else load.space(job.space, network))
     profiles, budgets = load.targets(job.devices)
+    genes = space or make_space(job.space, network, data, profiles)
     resolved = tuple(resolve_local(profile) for profile in profiles)
     for profile in resolved:
         if not callable(registry.resolve("device", profile.device)):
@@ -116,6 +116,13 @@ def _check_options(key: str, what: str, function: Any, options: Mapping[str, Any
     known = [one.name for one in parameters if one.kind is not inspect.Parameter.POSITIONAL_ONLY]
     if strange := [option for option in options if option not in known]:
         raise UserError(f"{key}: {what} has no option {strange[0]!r}; {suggest(strange[0], known)}")
+
+
+def make_space(name: str, network: Builder, data: Task, profiles: Sequence[Profile]) -> Space:
+    """The space of a job: derived from the network, from the shelf or from a file."""
+    if name != auto.NAME:
+        return load.space(name, network)
+    return auto.space(network, data, multiple=max(profile.channel_multiple for profile in profiles))
 
 
 def make_ops(names: tuple[str, ...]) -> Mapping[str, Op]:

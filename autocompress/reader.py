@@ -50,13 +50,18 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-for _tag, _pattern, _first in (
-    (_BOOL, r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    (_NULL, r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    (_INT, r"[-+]?[0-9]+", "-+0123456789"),
-    (_FLOAT, r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
-):
-    _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list(_first))
+SCALARS: tuple[tuple[str, re.Pattern[str], list[str]], ...] = tuple(
+    (tag, re.compile(rf"^(?:{pattern})$"), list(first))
+    for tag, pattern, first in (
+        (_BOOL, r"true|True|TRUE|false|False|FALSE", "tTfF"),
+        (_NULL, r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+        (_INT, r"[-+]?[0-9]+", "-+0123456789"),
+        (_FLOAT, r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    )
+)
+"""What is not text: tag, pattern, first characters."""
+for _tag, _pattern, _first in SCALARS:
+    _Loader.add_implicit_resolver(_tag, _pattern, _first)
 
 
 def _problem(mark: Any, text: str) -> yaml.MarkedYAMLError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -21,6 +21,21 @@ PARENT: Mapping[str, Choice] = {
     **{f"kind.{stage}": "residual" for stage in range(3)},
 }
 """The parent's choices: 91 million multiply-adds at 16 x 16."""
+
+
+def _shares(value: int, unit: int, shares: Sequence[float]) -> list[int]:
+    """Shares of a number as multiples of `unit`, falling."""
+    found = dict.fromkeys(round(value * share / unit) * unit for share in shares)
+    return [one for one in found if 0 < one < value]
+
+
+SMALLER: Mapping[str, Callable[[int], Sequence[int]]] = {
+    "resolution": lambda value: _shares(value, 4, (0.875, 0.75, 0.5)),
+    "depth": lambda value: range(value - 1, 0, -1),
+    "width": lambda value: _shares(value, CELL, (0.75, 0.5, 0.25)),
+    "kernel": lambda value: range(value - 2, 0, -2),
+}
+"""By the first part of a knob's name: what a derived space offers below its value."""
 
 
 class ConvNet:
@@ -45,6 +60,19 @@ class ConvNet:
         self.knobs: dict[str, Choice] = dict(PARENT)
         self.knobs = self._full(arch or {})
         self._stages(self.knobs)
+
+    def choices(self) -> Mapping[str, tuple[Choice, ...]]:
+        """What each knob may be in a derived space, the parent's own first: nothing above it, and the other kinds."""
+        found: dict[str, tuple[Choice, ...]] = {}
+        for knob, value in self.knobs.items():
+            what, stage = knob.partition(".")[::2]
+            if isinstance(value, int):
+                found[knob] = (value, *SMALLER[what](value))
+            else:  # a shuffle's groups ask for whole cells in this stage and in the one before
+                near = [int(self.knobs[f"width.{n}"]) for n in {max(int(stage) - 1, 0), int(stage)}]
+                kinds = [kind for kind in KINDS if kind != "shuffle" or not any(width % CELL for width in near)]
+                found[knob] = (value, *(kind for kind in kinds if kind != value))
+        return found
 
     def build(self, arch: Arch) -> nn.Module:
         """An untrained Network. Missing knobs take the parent's choice; raises UserError for unknown or bad ones."""
