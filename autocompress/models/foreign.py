@@ -96,7 +96,7 @@ class Foreign:
             raise UserError(
                 f"model {self.name}: does not run on the task's input {shapes}: {type(error).__name__}: {_line(error)}"
             ) from error
-        found = [*sites(parent, examples(self.spec)), *blocks(parent, examples(self.spec))]
+        found = [*blocks(parent, examples(self.spec)), *sites(parent, examples(self.spec))]
         return tuple(sorted(found, key=lambda site: site.depth))
 
     def __getstate__(self) -> dict[str, Any]:
