@@ -28,7 +28,11 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "optuna": "autocompress.searchers.optuna:Optuna",
     },
     "device": {"local": "autocompress.devices.local:LocalDevice"},
-    "task": {"digits": "autocompress.tasks.digits:Digits"},
+    "task": {
+        "digits": "autocompress.tasks.digits:Digits",
+        "images": "autocompress.tasks.images:Images",
+        "text": "autocompress.tasks.text:Text",
+    },
     "builder": {"convnet": "autocompress.models.convnet:ConvNet"},
 }
 # `scheme:rest` -> a function (rest, options) -> nn.Module: networks that are named, not imported from user code.

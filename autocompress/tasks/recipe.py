@@ -24,8 +24,8 @@ class Recipe(Record):
     clip: Positive = 5.0  # largest norm of the gradient
 
     @classmethod
-    def of(cls, asked: Mapping[str, Any] | Recipe | None, where: str) -> Recipe:
-        """The recipe of a mapping; `adamw` has a rate and a decay of its own.
+    def of(cls, asked: Mapping[str, Any] | Recipe | None, where: str, *, optimizer: str = "sgd") -> Recipe:
+        """The recipe of a mapping that may name another `optimizer`; `adamw` has a rate and a decay of its own.
 
         Raises UserError naming `where` and the key for unknown keys and bad values.
         """
@@ -33,8 +33,8 @@ class Recipe(Record):
             return asked
         if asked is not None and not isinstance(asked, Mapping):
             raise UserError(f"{where}: training: write a mapping such as {{optimizer: adamw, lr: 0.0005}}")
-        values = dict(asked or {})
-        if values.get("optimizer") == "adamw":  # Devlin et al. 2019, section A.3, and Loshchilov and Hutter 2019
+        values: dict[str, Any] = {"optimizer": optimizer, **(asked or {})}
+        if values["optimizer"] == "adamw":  # Devlin et al. 2019, section A.3, and Loshchilov and Hutter 2019
             values = {"lr": 5e-4, "decay": 0.01, "clip": 1.0, **values}
         try:
             return cls.model_validate(values)
@@ -54,6 +54,6 @@ def recipe(task: Any) -> Recipe:
 def steps(task: Any, split: str, size: int) -> int:
     """Batches of one pass: by the task's own `count(split)` of samples if it has one, else by running through them."""
     count: Any = getattr(task, "count", None)
-    if callable(count):
+    if count is not None:
         return -(-int(count(split)) // size)
     return sum(1 for _ in task.batches(split, size))

@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,9 +20,10 @@ import numpy as np
 
 from autocompress import space as sp
 from autocompress.devices import Device
-from autocompress.ops import Op
+from autocompress.ops import Op, TrainOp
 from autocompress.searchers import Searcher
-from autocompress.tasks import Task
+from autocompress.tasks import Task, several
+from autocompress.tasks.recipe import Recipe
 from autocompress.testing.closed_form import ClosedForm as ClosedForm
 from autocompress.types import Gene, Genotype, Profile, Proposal, Receipt, Rule, Space, State, Trial, UserError
 
@@ -155,7 +157,8 @@ def check_op(op: Op, subject: Any, rules: Sequence[Rule], task: Task, profile: P
     """Hold an op to its protocol on a subject (an nn.Module, or exported parts for a numeric op); returns the receipt.
 
     `decide` leaves the subject as it was and is repeatable, every rule is accounted for, the receipt survives JSON,
-    and enacting it twice on copies gives equal shapes, tensors and bytes.
+    and enacting it twice on copies gives equal shapes, tensors and bytes. A `TrainOp`'s instrument lives through
+    copying, a few steps of training and its state being loaded elsewhere, and leaves the module as it found it.
     """
     assert isinstance(op, Op), "an op has name, phase, params, decide and enact"
     assert op.phase in ("structure", "train", "numeric"), f"unknown phase {op.phase!r}"
@@ -180,7 +183,59 @@ def check_op(op: Op, subject: Any, rules: Sequence[Rule], task: Task, profile: P
     first = _state(op.enact(copy.deepcopy(subject), read))
     second = _state(op.enact(copy.deepcopy(subject), read))
     assert first == second, f"{op.name}: enacting one receipt twice gives two results"
+    if isinstance(op, TrainOp):
+        _check_instrument(op, subject, read, task)
     return receipt
+
+
+def _check_instrument(op: TrainOp, subject: Any, receipt: Receipt, task: Task) -> None:
+    """Enact, train, load into another copy, settle both: equal networks of the subject's names and shapes."""
+    torch = import_module("torch")
+    module = copy.deepcopy(op.enact(copy.deepcopy(subject), receipt)).train()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
+    for step, (inputs, targets) in enumerate(task.batches("train", 16, limit=64)):
+        op.advance(module, receipt, min(1.0, step / 4))
+        arguments = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+        loss, penalty = task.loss(module(*arguments), targets), op.penalty(module, receipt)
+        loss = loss if penalty is None else loss + penalty
+        assert bool(torch.isfinite(loss)), f"{op.name}: the loss is not finite at step {step}"
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step == 3:
+            break
+    op.advance(module, receipt, 1.0)
+    other = op.enact(copy.deepcopy(subject), receipt)
+    other.load_state_dict(module.state_dict())
+    kept = _state(module)
+    settled = [op.settle(copied, receipt) for copied in (copy.deepcopy(module), other)]
+    assert settled[0] == settled[1], f"{op.name}: settles otherwise after its state was loaded elsewhere"
+    assert _state(module) == kept, f"{op.name}: settling a copy changed the module that trains on"
+    json.dumps(settled[0].model_dump(), allow_nan=False)
+    read = Receipt.model_validate_json(settled[0].model_dump_json())
+    assert json.loads(read.model_dump_json()) == json.loads(settled[0].model_dump_json()), (
+        f"{op.name}: its settled receipt does not survive JSON"
+    )
+    op.settle(module, receipt)
+    assert _state(module) == _state(other), f"{op.name}: settling one state twice gives two networks"
+    shapes = {name: (tuple(t.shape), t.dtype) for name, t in module.state_dict().items()}
+    before = {name: (tuple(t.shape), t.dtype) for name, t in subject.state_dict().items()}
+    assert shapes == before, f"{op.name}: settle leaves other names or shapes than were there before enact"
+    assert [repr(part) for part in module.modules()] == [repr(part) for part in subject.modules()], (
+        f"{op.name}: settle leaves other layers than were there before enact"
+    )
+    hooks = [sum(map(len, _hooks(part))) for part in (module, subject)]
+    assert hooks[0] == hooks[1], f"{op.name}: settle leaves hooks behind"
+
+
+def _hooks(module: Any) -> list[Any]:
+    """All dictionaries of hooks in a module."""
+    return [
+        hooks
+        for part in module.modules()
+        for name, hooks in vars(part).items()
+        if name.endswith("_hooks") and isinstance(hooks, dict)
+    ]
 
 
 def _state(subject: Any) -> Any:
@@ -222,62 +277,107 @@ def check_device(device: Device, model: Path, *, seconds: float = 1.0, factor: f
 # --- tasks ----------------------------------------------------------------------------------------------------------
 
 
-def check_task(task: Task, *, size: int = 64, most: int = 4096) -> None:
+def check_task(task: Task, *, network: Any = None, size: int = 64, most: int = 4096) -> None:
     """Hold a task to its protocol: splits that do not overlap and come in the same order each time, shuffling by seed,
-    a loss that has a gradient, a quality interval that contains its value. Looks at `most` examples of each split."""
+    inputs as its specification says, a loss that has a gradient, a quality interval that contains its value.
+
+    `network` is an nn.Module that the task can train; without one a linear layer stands in, which a classification
+    with one output will take. Looks at the first `most` samples of each split.
+    """
     assert isinstance(task, Task), "a task has name, metric, input, batches, loss and quality"
     torch = import_module("torch")
-    limit = max(1, most // size)
-    examples: dict[str, set[bytes]] = {}
+    Recipe.of(getattr(task, "training", None), f"task {task.name}")
+    names = [one.name for one in task.input.every]
+    assert len(set(names)) == len(names), f"two inputs have one name: {names}"
+    rows: dict[str, list[bytes]] = {}
     for split in ("train", "calibration", "selection", "test"):
-        passes = [list(task.batches(split, size, limit=limit)) for _ in range(2)]
+        passes = [list(task.batches(split, size, limit=most)) for _ in range(2)]
         assert passes[0], f"split {split!r} is empty"
         assert len(passes[0]) == len(passes[1]), f"split {split!r} differs in length between two passes"
-        assert len(passes[0]) <= limit, f"split {split!r} gives more batches than asked for"
-        rows: list[bytes] = []
+        rows[split] = []
         for (inputs, targets), (inputs_again, targets_again) in zip(*passes, strict=True):
-            assert tuple(inputs.shape[1:]) == task.input.shape, (
-                f"inputs are {tuple(inputs.shape)}, not {task.input.shape}"
-            )
-            assert len(inputs) == len(targets) <= size, f"{len(inputs)} inputs and {len(targets)} targets in a batch"
-            assert torch.equal(inputs, inputs_again), f"split {split!r} differs between two passes"
-            assert torch.equal(targets, targets_again), f"targets of split {split!r} differ between two passes"
-            rows += [np.asarray(row).tobytes() for row in inputs]
-        examples[split] = set(rows)
+            _check_batch(task, torch, inputs, targets, size)
+            assert _equal(inputs, inputs_again), f"split {split!r} differs between two passes"
+            assert _equal(targets, targets_again), f"targets of split {split!r} differ between two passes"
+            rows[split] += [_bytes(*row) for row in zip(*several(inputs), strict=True)]
+        assert len(rows[split]) <= most, f"split {split!r} gives {len(rows[split])} samples, {most} were asked for"
+        counted: Any = getattr(task, "count", None)
+        if counted is not None and len(rows[split]) < most:
+            assert counted(split) == len(rows[split]), f"count({split!r}) is {counted(split)}, not {len(rows[split])}"
+    examples = {split: set(found) for split, found in rows.items()}
     for one, other in (("train", "selection"), ("train", "test"), ("selection", "test"), ("calibration", "test")):
         # Real data holds a few equal examples; a split that leaks holds many.
         shared = len(examples[one] & examples[other])
         assert shared <= 0.01 * len(examples[other]), f"{one} and {other} share {shared} examples"
-    if limit * size > len(examples["train"]):
+    if len(rows["train"]) < most:
         outside = len(examples["calibration"] - examples["train"])
         assert not outside, f"{outside} calibration examples are not part of train"
-    shuffled = [[x for x, _ in task.batches("train", size, limit=2, seed=seed)] for seed in (1, 1, 2)]
-    assert all(torch.equal(a, b) for a, b in zip(shuffled[0], shuffled[1], strict=True)), "one seed, two orders"
-    assert not all(torch.equal(a, b) for a, b in zip(shuffled[0], shuffled[2], strict=True)), "two seeds, one order"
+    first, again, other = ([x for x, _ in islice(task.batches("train", size, seed=seed), 2)] for seed in (1, 1, 2))
+    assert all(map(_equal, first, again)), "one seed, two orders"
+    assert not all(map(_equal, first, other)), "two seeds, one order"
     try:
         next(iter(task.batches("no-such-split", size)))
     except UserError:
         pass
     else:
         raise AssertionError("an unknown split must raise UserError")
-    _check_quality(task, torch, size)
+    _check_quality(task, torch, size, network)
 
 
-def _check_quality(task: Task, torch: Any, size: int) -> None:
+def _check_batch(task: Task, torch: Any, inputs: Any, targets: Any, size: int) -> None:
+    wanted, given = task.input.every, several(inputs)
+    assert len(given) == len(wanted), f"a batch has {len(given)} inputs, the task says {len(wanted)}"
+    for spec, tensor in zip(wanted, given, strict=True):
+        assert tuple(tensor.shape[1:]) == spec.shape, f"inputs are {tuple(tensor.shape)}, not {spec.shape}"
+        assert tensor.dtype == getattr(torch, spec.dtype), f"input {spec.name!r} is {tensor.dtype}, not {spec.dtype}"
+    lengths = {len(tensor) for tensor in (*given, *several(targets))}
+    assert len(lengths) == 1, f"inputs and targets of a batch differ in length: {sorted(lengths)}"
+    assert max(lengths) <= size, f"a batch of {max(lengths)} samples, {size} were asked for"
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return all(a.shape == b.shape and bool((a == b).all()) for a, b in zip(several(one), several(other), strict=True))
+
+
+def _bytes(*tensors: Any) -> bytes:
+    return b"".join(np.ascontiguousarray(np.asarray(tensor)).tobytes() for tensor in tensors)
+
+
+class _Linear:
+    """Stands in for a network: one linear layer on all inputs side by side."""
+
+    def __init__(self, task: Task, torch: Any, inputs: Any, targets: Any) -> None:
+        assert len(several(targets)) == 1, "several targets: give check_task a `network` that the task can train"
+        outputs = len(task.input.labels) or (
+            int(targets.max()) + 1 if not targets.is_floating_point() else targets.shape[-1]
+        )
+        features = sum(one[0].numel() for one in several(inputs))
+        self.weights = torch.randn(features, outputs, generator=torch.Generator().manual_seed(0)) * 0.01
+        self.weights.requires_grad_(True)
+        self.cat = torch.cat
+
+    def parameters(self) -> list[Any]:
+        return [self.weights]
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.cat([one.flatten(1).float() for one in inputs], 1) @ self.weights
+
+
+def _check_quality(task: Task, torch: Any, size: int, network: Any) -> None:
     inputs, targets = next(iter(task.batches("selection", size)))
-    outputs = len(task.input.labels) or (
-        int(targets.max()) + 1 if not targets.is_floating_point() else targets.shape[-1]
-    )
-    weights = torch.randn(inputs[0].numel(), outputs, generator=torch.Generator().manual_seed(0)) * 0.01
-    weights.requires_grad_(True)
-    loss = task.loss(inputs.flatten(1).float() @ weights, targets)
+    network = copy.deepcopy(network).eval() if network is not None else _Linear(task, torch, inputs, targets)
+    loss = task.loss(network(*several(inputs)), targets)
     assert loss.ndim == 0, "the loss of a batch is one number"
     loss.backward()
-    assert bool(torch.isfinite(weights.grad).all()), "the loss has no finite gradient"
-    fixed = weights.detach().numpy()
+    gradients = [one.grad for one in network.parameters() if one.grad is not None]
+    assert gradients, "the loss has no gradient"
+    assert all(bool(torch.isfinite(one).all()) for one in gradients), "the loss has no finite gradient"
 
-    def predict(batch: np.ndarray) -> np.ndarray:
-        return batch.reshape(len(batch), -1).astype(np.float32) @ fixed
+    def predict(batch: Any) -> Any:
+        with torch.no_grad():
+            outputs = network(*(torch.from_numpy(np.ascontiguousarray(one)) for one in several(batch)))
+        found = tuple(one.numpy() for one in several(outputs))
+        return found[0] if len(found) == 1 else found
 
     found = task.quality(predict, "selection")
     assert found.metric == task.metric, f"quality speaks of {found.metric!r}, the task of {task.metric!r}"
