@@ -14,6 +14,7 @@ from autocompress.models.residual import blocks
 from autocompress.tasks import InputSpec
 from autocompress.vision import import_torchvision
 
+EFFICIENT = ("2.1", "3.1", "4.1", "4.2", "5.1", "5.2", "6.1", "6.2", "6.3")
 IMAGE = (torch.zeros(1, 3, 64, 64),)
 
 
@@ -91,7 +92,7 @@ class Encoder(nn.Module):
         ("resnet18", ["layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1"], True),
         ("resnet50", [f"layer{s}.{b}" for s, count in enumerate((3, 4, 6, 3), 1) for b in range(1, count)], False),
         ("mobilenet_v2", [f"features.{n}" for n in (3, 5, 6, 8, 9, 10, 12, 13, 15, 16)], True),
-        ("efficientnet_b0", [f"features.{n}" for n in "2.1 3.1 4.1 4.2 5.1 5.2 6.1 6.2 6.3".split()], None),
+        ("efficientnet_b0", [f"features.{n}" for n in EFFICIENT], None),
         ("convnext_tiny", [f"features.{s}.{b}" for s, n in ((1, 3), (3, 3), (5, 9), (7, 3)) for b in range(n)], False),
         ("swin_t", [f"features.{s}.{b}" for s, n in ((1, 2), (3, 2), (5, 6), (7, 2)) for b in range(n)], False),
         ("densenet121", [], False),
