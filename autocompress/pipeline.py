@@ -46,6 +46,7 @@ from autocompress.types import (
 )
 
 STRUCTURE_ORDER = ("block", "replace", "prune", "lowrank")  # low rank last: a rank is a fraction of the pruned shape
+TRAIN_ORDER = ("sparsify", "qat")  # what is rounded is what the masks have left
 PERSISTENCE = 1  # further tries at a noisy reading of a candidate that is fully trained
 BATCHNORM_BATCHES = 8
 FIRST_LOOK = 32  # calibration images for the latency-first file: ranges do not change its speed
@@ -227,8 +228,8 @@ def ordered(policy: Policy, ops: Mapping[str, Op], phase: Phase) -> list[tuple[s
     for name in names:
         if name not in ops:
             raise TrialFailure(f"policy names op {name!r}, known are {', '.join(sorted(ops))}")
-    known = [name for name in STRUCTURE_ORDER if name in names]
-    known += [name for name in names if name not in STRUCTURE_ORDER]
+    fixed = (*STRUCTURE_ORDER, *TRAIN_ORDER)
+    known = [name for name in fixed if name in names] + [name for name in names if name not in fixed]
     return [(name, ops[name], policy.of(name)) for name in known if ops[name].phase == phase]
 
 
@@ -255,12 +256,12 @@ def shape(
 
 
 def instrument(work: Work, module: nn.Module, policy: Policy) -> tuple[Receipt, ...]:
-    """Decide and enact the train ops that install something; their receipts in order."""
+    """Decide and enact the train ops that install something; their receipts in order, reasons for skipping too."""
     receipts: list[Receipt] = []
     for name, op, rules in ordered(policy, work.ops, "train"):
         if isinstance(op, TrainOp):
             receipt = op.decide(module, rules, work.task, work.shape_profile)
-            if any(entry.status == "done" for entry in receipt.entries):
+            if receipt.entries:
                 op.enact(module, receipt)
                 receipts.append(receipt.model_copy(update={"op": name}))
     return tuple(receipts)

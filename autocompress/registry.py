@@ -16,9 +16,10 @@ Kind = Literal["op", "searcher", "device", "task", "builder"]
 # Paths, not objects: nothing is imported before it is asked for.
 BUILT_IN: dict[Kind, dict[str, str]] = {
     "op": {
-        "block": "autocompress.ops.block:Block",
         "prune": "autocompress.ops.prune:Prune",
         "lowrank": "autocompress.ops.lowrank:LowRank",
+        "sparsify": "autocompress.ops.sparsify:Sparsify",
+        "qat": "autocompress.ops.qat:Qat",
         "quantize": "autocompress.ops.quantize:Quantize",
         "distill": "autocompress.distill:Distill",
     },

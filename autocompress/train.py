@@ -135,6 +135,8 @@ class Training:
                     self.step += 1
                     if self.step >= target:
                         break
+        if self.step == self.total:  # schedules end, however few the steps were
+            self._advance()
         taken = self.step - first
         return {
             "loss": losses / taken if taken else 0.0,
@@ -154,8 +156,7 @@ class Training:
     def _update(self, inputs: Any, targets: Any) -> float:
         if batch_size(inputs) == 1:  # batch normalisation has no statistics of one sample
             return 0.0
-        for op, receipt in self.instruments:
-            op.advance(self.module, receipt, self.step / self.total)
+        self._advance()
         arguments = tuple(map(_as_images, several(inputs)))
         rate = self.lr * one_cycle(self.step, self.total)
         for group in self.optimizer.param_groups:
@@ -186,6 +187,10 @@ class Training:
             raise TrialFailure(f"training diverged: gradient is {float(norm)} at step {self.step} of {self.total}")
         self.optimizer.step()
         return value
+
+    def _advance(self) -> None:
+        for op, receipt in self.instruments:
+            op.advance(self.module, receipt, self.step / self.total)
 
     def _precision(self) -> AbstractContextManager[object]:
         return torch.autocast("cpu", dtype=torch.bfloat16) if self.bf16 else nullcontext()

@@ -86,7 +86,7 @@ def sites(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Site
         parameters = sum(parameter.numel() for parameter in layer.parameters())
         macs = sum(flops.get(f"{prefix}.{name}" if name else prefix, {}).values()) // 2 // batch_size(example)
         grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
-        ops = [*(["prune"] if name in first else []), *([] if grouped else ["lowrank"]), "quantize"]
+        ops = [*(["prune"] if name in first else []), *([] if grouped else ["lowrank"]), "sparsify", "qat", "quantize"]
         if isinstance(layer, nn.Conv2d):
             kind = "depthwise" if is_depthwise(layer) else "grouped" if grouped else "conv"
             inputs, outputs, kernel = layer.in_channels, layer.out_channels, max(layer.kernel_size)

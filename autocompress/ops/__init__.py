@@ -61,7 +61,10 @@ class TrainOp(Op, Protocol):
     """An op whose facts are known only after training. `module` carries what `enact` installed."""
 
     def advance(self, module: nn.Module, receipt: Receipt, share: float) -> None:
-        """Called before every step with the share of the full training that is done, in [0, 1]: schedules."""
+        """Called before every step with the share of the full training that is done, and once at its end with 1.
+
+        What it sets must follow from the share and from the module's state: a training may go on elsewhere.
+        """
         ...
 
     def penalty(self, module: nn.Module, receipt: Receipt) -> Tensor | None:
@@ -70,6 +73,8 @@ class TrainOp(Op, Protocol):
 
     def settle(self, module: nn.Module, receipt: Receipt) -> Receipt:
         """Remove the instrument in place and say what was learned; `module` has the names it had before `enact`.
+
+        It is called in mid-training too, on a copy (`copy.deepcopy`) of the module that trains on.
 
         An entry's `facts["ranges"]`, {"input": [low, high], "output": [low, high]}, reach the file's quantization.
         """
