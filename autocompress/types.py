@@ -126,6 +126,7 @@ class Profile(Record):
     numeric: Numeric = Numeric()
     channel_multiple: int = Field(default=1, ge=1)
     opset: int = Field(default=17, ge=13)
+    types: tuple[str, ...] = ("float32", "int8")  # what it computes with; `float16` and `bfloat16` where they run
     expects: tuple[str, ...] = ()  # processor flags without which a reading would not speak of this target
 
 

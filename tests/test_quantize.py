@@ -29,6 +29,13 @@ VNNI = Profile(name="vnni")
 ARCH = {"width.0": 16, "width.1": 32, "width.2": 32, "depth.0": 1, "depth.2": 1}
 MIXED = ARCH | {"kind.0": "plain", "kind.1": "shuffle", "kind.2": "separable", "resolution": 12}
 OP = Quantize()
+PARAMS = {
+    "bits": "float",
+    "calibration": "profile",
+    "granularity": "profile",
+    "equalize": False,
+    "correct_bias": False,
+}
 
 
 def network(arch=ARCH, seed: int = 0, epochs: float = 0.0) -> Exported:
@@ -69,7 +76,7 @@ def trained() -> Exported:
 
 def test_keeps_the_contract():
     assert isinstance(OP, Op)
-    assert (OP.name, OP.phase, OP.params) == ("quantize", "numeric", {"bits": "float"})
+    assert (OP.name, OP.phase, OP.params) == ("quantize", "numeric", PARAMS)
 
 
 @pytest.mark.parametrize("arch", [ARCH, MIXED], ids=["residual", "mixed"])
@@ -156,8 +163,8 @@ def test_sites_without_weights_are_skipped_with_the_reason(trained):
     receipt = OP.decide(trained, asked, Digits(), VNNI)
     assert [(entry.status, entry.why) for entry in receipt.entries] == [("skipped", "no weights in the file")]
     assert OP.enact(trained, receipt) == trained
-    with pytest.raises(UserError, match="bits = 'int4'"):
-        OP.decide(trained, [Rule(site="head", op="quantize", settings={"bits": "int4"})], Digits(), VNNI)
+    with pytest.raises(UserError, match="bits = 'int3'"):
+        OP.decide(trained, [Rule(site="head", op="quantize", settings={"bits": "int3"})], Digits(), VNNI)
 
 
 def test_receipts_rebuild_the_bytes(trained):

@@ -1,63 +1,127 @@
-"""Ranges of activations on calibration data: smallest and largest value, or without outliers."""
+"""Looking at activations on calibration data: ranges (smallest and largest value, or without outliers) and means."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.quantization.calibrate import HistogramCollector
 
-from autocompress.graph import open_session
-from autocompress.ops.integers import Plan, Range
-from autocompress.tasks import Task
-from autocompress.types import Numeric, TrialFailure, UserError
+from autocompress.graph import open_session, write
+from autocompress.ops.pairs import Range, rebuilt
+from autocompress.tasks import Task, batch_size, several
+from autocompress.types import TrialFailure, UserError
 
 if TYPE_CHECKING:
-    from autocompress.export import Part
+    import onnxruntime
 
 BATCH = 32
-BINS, QUANTIZED_BINS, PERCENTILE = 512, 128, 99.99
+MEMORY = 96 * 2**20
+"""Bytes of activations that are looked at together."""
+BINS, ENTROPY_BINS, QUANTIZED_BINS, PERCENTILE = 4096, 512, 128, 99.99
+SAMPLE = 1 << 14
+"""Values of a tensor and sample that are counted in a histogram, evenly taken; its ends are those of all values."""
+
+Seen = Mapping[str, NDArray[Any]]
+"""Tensor -> its values on some samples."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What to look at in one part: `tensors` of its graph."""
+
+    model: onnx.ModelProto
+    tensors: tuple[str, ...]
+
+    def session(self) -> onnxruntime.InferenceSession:
+        """One that also gives the tensors; one thread sums in one order, so that ranges are equal everywhere."""
+        outer = {value.name for value in (*self.model.graph.input, *self.model.graph.output)}
+        wider = rebuilt(self.model, self.model.graph.node, ())
+        wider.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.tensors if name not in outer)
+        return open_session(write(wider))
+
+
+def stream(looks: Sequence[Look], task: Task, limit: int) -> Iterator[tuple[Seen, ...]]:
+    """What the looks see, part after part, on the first `limit` samples of the calibration split.
+
+    A part's inputs are the answers of the part before. Few samples at a time, so that no more than `MEMORY` bytes of
+    activations are held. Raises UserError if there is no sample.
+    """
+    sessions = [look.session() for look in looks]
+    chunk = 1
+    found_any = False
+    for inputs, _ in task.batches("calibration", BATCH, limit=limit):
+        every = tuple(one.numpy() for one in several(inputs))
+        start, count = 0, batch_size(inputs)
+        while start < count:
+            values = tuple(one[start : start + chunk] for one in every)
+            start += chunk
+            seen, held = _step(looks, sessions, values, task)
+            found_any = True
+            yield seen
+            if held:
+                chunk = max(1, min(BATCH, MEMORY * len(values[0]) // held))
+    if not found_any:
+        raise UserError(f"task {task.name}: the calibration split is empty")
+
+
+def _step(
+    looks: Sequence[Look],
+    sessions: Sequence[onnxruntime.InferenceSession],
+    values: tuple[NDArray[Any], ...],
+    task: Task,
+) -> tuple[tuple[Seen, ...], int]:
+    """What is seen on some samples, and its bytes."""
+    names = [one.name for one in task.input.every]
+    seen: list[Seen] = []
+    held = 0
+    for look, session in zip(looks, sessions, strict=True):
+        asked = [one.name for one in session.get_inputs()]
+        given = dict(zip(names if set(asked) <= set(names) else asked, values, strict=False))
+        feed = {name: np.ascontiguousarray(given[name]) for name in asked}
+        answers = [one.name for one in session.get_outputs()]
+        found = {**feed, **dict(zip(answers, session.run(answers, feed), strict=True))}
+        held += sum(one.nbytes for one in found.values())
+        seen.append({name: found[name] for name in look.tensors})
+        values = tuple(found[one.name] for one in look.model.graph.output)
+        names = asked
+    return tuple(seen), held
 
 
 def ranges_of(
-    parts: Sequence[Part], plans: Mapping[str, Plan], task: Task, numeric: Numeric, limit: int
+    looks: Mapping[str, Look], keys: Mapping[str, Mapping[str, tuple[str, str]]], task: Task, limit: int
 ) -> dict[str, dict[str, Range]]:
-    """Ranges by part and receipt key; samples are streamed, no activation outlives its batch.
+    """Ranges by part and receipt key. `keys` has part -> key -> (tensor, "minmax", "entropy" or "percentile").
 
     Raises TrialFailure if an activation is not finite, UserError if there is no sample.
     """
-    sessions = {part.name: _watching(plans[part.name]) for part in parts}
-    spans = {part.name: {key: _span(numeric) for key in plans[part.name].wanted()} for part in parts}
-    samples = 0
-    for inputs, _ in task.batches("calibration", BATCH, limit=limit):
-        samples += len(inputs)
-        values: NDArray[Any] = inputs.numpy()
-        for part in parts:
-            session, plan = sessions[part.name], plans[part.name]
-            source = session.get_inputs()[0].name
-            names = [output.name for output in session.get_outputs()]
-            found = {**dict(zip(names, session.run(names, {source: values}), strict=True)), source: values}
-            for key, name in plan.wanted().items():
-                if not np.isfinite(found[name]).all():
+    spans = {part: {key: span(method) for key, (_, method) in wanted.items()} for part, wanted in keys.items()}
+    for seen in stream(tuple(looks.values()), task, limit):
+        for part, tensors in zip(looks, seen, strict=True):
+            for key, (tensor, _) in keys[part].items():
+                if not spans[part][key].add(tensors[tensor]):
                     raise TrialFailure(f"quantize: {key} is not finite on calibration data")
-                spans[part.name][key].add(found[name])
-            values = found[plan.model.graph.output[0].name]
-    if not samples:
-        raise UserError(f"task {task.name}: the calibration split is empty")
-    return {part: {key: span.range() for key, span in found.items()} for part, found in spans.items()}
+    return {part: {key: one.range() for key, one in found.items()} for part, found in spans.items()}
 
 
-def _watching(plan: Plan) -> onnxruntime.InferenceSession:
-    """A session of the float part that also gives every activation whose range is wanted."""
-    model = onnx.ModelProto()
-    model.CopyFrom(plan.model)
-    outer = {value.name for value in (*model.graph.input, *model.graph.output)}
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in plan.wanted().values() if name not in outer)
-    return open_session(model.SerializeToString())  # one thread sums in one order: equal ranges everywhere
+def means_of(
+    looks: Mapping[str, Look], axes: Mapping[str, Mapping[str, int]], task: Task, limit: int
+) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Mean of each channel of tensors, by part and tensor; `axes` has the axis of the channels."""
+    sums: dict[tuple[str, str], NDArray[np.float64]] = {}
+    counts: dict[tuple[str, str], int] = {}
+    for seen in stream(tuple(looks.values()), task, limit):
+        for part, tensors in zip(looks, seen, strict=True):
+            for name, axis in axes[part].items():
+                values = np.moveaxis(tensors[name], axis, -1).reshape(-1, tensors[name].shape[axis])
+                place = (part, name)
+                sums[place] = sums.get(place, 0.0) + values.sum(axis=0, dtype=np.float64)
+                counts[place] = counts.get(place, 0) + len(values)
+    return {part: {name: sums[part, name] / counts[part, name] for name in names} for part, names in axes.items()}
 
 
 class _Span:
@@ -66,37 +130,62 @@ class _Span:
     def __init__(self) -> None:
         self.low, self.high = np.inf, -np.inf
 
-    def add(self, values: NDArray[Any]) -> None:
-        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
+    def add(self, values: NDArray[Any]) -> bool:
+        """Take values in; False if they are not finite."""
+        low, high = float(values.min()), float(values.max())
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        return bool(np.isfinite(low) and np.isfinite(high))
 
     def range(self) -> Range:
         return self.low, self.high
 
 
 class _Histogram(_Span):
-    """A range that leaves outliers out: by percentile, or by entropy (Migacz 2017, "8-bit inference with TensorRT")."""
+    """A range that leaves outliers out: by percentile, or by entropy (Migacz 2017, "8-bit inference with TensorRT").
+
+    Counts in bins over [-reach, reach]; where a value lies outside, reach doubles and bins are joined two by two.
+    """
 
     def __init__(self, method: str) -> None:
         super().__init__()
-        self.method = method
-        self.collector = HistogramCollector(method, False, BINS, QUANTIZED_BINS, PERCENTILE, "same")
+        self.method, self.reach = method, 0.0
+        self.counts = np.zeros(BINS, np.int64)
 
-    def add(self, values: NDArray[Any]) -> None:
-        super().add(values)
-        self.collector.collect_value({"x": values})
+    def add(self, values: NDArray[Any]) -> bool:
+        if not super().add(values):
+            return False
+        most = max(-self.low, self.high)
+        if self.reach == 0.0 < most:
+            self.counts[BINS // 2] += self.counts.sum()  # zeros so far
+            self.reach = most
+        while self.reach < most:
+            joined = self.counts.reshape(-1, 2).sum(axis=1)
+            self.counts[:] = 0
+            self.counts[BINS // 4 : BINS // 4 + BINS // 2] = joined
+            self.reach *= 2.0
+        flat = values.ravel()
+        every = -(-flat.size // (SAMPLE * len(values))) | 1  # odd: no row or channel is left out each time
+        places = (flat[::every] / (self.reach or 1.0) + 1.0) * (BINS / 2)
+        self.counts += np.bincount(np.minimum(places.astype(np.int64), BINS - 1), minlength=BINS)
+        return True
 
     def range(self) -> Range:
-        histogram = self.collector.histogram_dict["x"]
+        if not self.low < self.high:  # one value only: there is nothing to leave out
+            return self.low, self.high
+        counts = self.counts
+        edges = np.linspace(-self.reach, self.reach, BINS + 1)
         if self.method == "entropy":
-            # the library's own defaults, 128 bins into 128, leave the search a single threshold to choose from
-            low, high = (float(bound) for bound in self.collector.get_entropy_threshold(histogram, QUANTIZED_BINS)[:2])
+            counts, edges = counts.reshape(-1, BINS // ENTROPY_BINS).sum(axis=1), edges[:: BINS // ENTROPY_BINS]
+            collector = HistogramCollector("entropy", False, ENTROPY_BINS, QUANTIZED_BINS, PERCENTILE, "same")
+            histogram = (counts, edges, np.float64(self.low), np.float64(self.high), self.reach)
+            low, high = (float(bound) for bound in collector.get_entropy_threshold(histogram, QUANTIZED_BINS)[:2])
         else:
-            counts, edges = histogram[0], histogram[1]
             passed, cut = np.cumsum(counts) / counts.sum(), (1 - PERCENTILE / 100) / 2
             low = float(edges[np.searchsorted(passed, cut, side="right")])
-            high = float(edges[min(np.searchsorted(passed, 1 - cut) + 1, len(edges) - 1)])
+            high = float(edges[min(np.searchsorted(passed, 1 - cut) + 1, BINS)])
         return max(low, self.low), min(high, self.high)
 
 
-def _span(numeric: Numeric) -> _Span:
-    return _Span() if numeric.calibration == "minmax" else _Histogram(numeric.calibration)
+def span(method: str) -> _Span:
+    """What collects a range by one of the methods of `Numeric.calibration`."""
+    return _Span() if method == "minmax" else _Histogram(method)
