@@ -8,6 +8,7 @@ Equal input gives equal bytes under equal versions of torch and onnx.
 
 from __future__ import annotations
 
+import linecache
 import re
 import threading
 import warnings
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +30,7 @@ from torch import nn
 from torch.jit._trace import TracerWarning
 
 from autocompress.graph import graph_hash, open_session, opset_of, rename, replace, settle, strip
-from autocompress.models.trace import examples
+from autocompress.models.trace import examples, still
 from autocompress.tasks import InputSpec, Predict, several
 from autocompress.types import TrialFailure, UserError
 
@@ -93,7 +95,9 @@ def export(module: nn.Module, spec: InputSpec, *, opset: int, exporter: Exporter
         raise
     except Exception as error:
         # exporters raise whatever their passes raise; for the search all of it means: this candidate has no file
-        raise TrialFailure(f"export ({exporter}) failed: {type(error).__name__}: {_line(error)}") from error
+        raise TrialFailure(
+            f"export ({exporter}) failed: {_own_function(error) or f'{type(error).__name__}: {_line(error)}'}"
+        ) from error
     finally:
         for weight, data in layouts:
             weight.data = data
@@ -107,6 +111,13 @@ def export(module: nn.Module, spec: InputSpec, *, opset: int, exporter: Exporter
     strip(model)
     part = Part("model", model.SerializeToString(deterministic=True), nodes)
     return Exported(parts=(part,), opset=opset, exporter=exporter)
+
+
+def _own_function(error: BaseException) -> str:
+    """Said of a torch.autograd.Function that has no `symbolic` and computes what no file can hold, else nothing."""
+    found = re.search(r"Defined at:\s+(\S+)\((\d+)\): \w+\s+\S*autograd/function\.py", str(error))
+    place = f"{Path(found[1]).name}:{found[2]}" if found else ""
+    return f"the torch.autograd.Function at {place} computes what ONNX cannot; give it a `symbolic`" if place else ""
 
 
 def _line(error: BaseException) -> str:
@@ -295,7 +306,27 @@ def parity(module: nn.Module, model: bytes, *inputs: NDArray[Any]) -> float:
     found = several(predictor(model)(inputs))
     if len(found) != len(answers):
         raise TrialFailure(f"parity: the file has {len(found)} outputs, torch {len(answers)}")
-    return max(_disagreement(one, other.float().numpy()) for one, other in zip(found, answers, strict=True))
+    try:
+        return max(_disagreement(one, other.float().numpy()) for one, other in zip(found, answers, strict=True))
+    except TrialFailure as failure:
+        if place := _branch(module, tuple(torch.from_numpy(one) for one in inputs)):
+            raise TrialFailure(f"{failure}; the network decides at {place}, of which a file keeps one way") from failure
+        raise
+
+
+def _branch(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> str:
+    """Where the module asks a computed tensor for a truth value: file:line and the line, or nothing."""
+    try:
+        with _LOCK, still(module), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.jit.trace(module, inputs, check_trace=False, strict=False)
+    except Exception:  # noqa: BLE001  what cannot be traced keeps the reason that it has
+        return ""
+    for one in told:
+        if issubclass(one.category, TracerWarning) and "Python boolean" in str(one.message):
+            code = linecache.getline(one.filename, one.lineno).strip()
+            return f"{Path(one.filename).name}:{one.lineno}" + (f" ({code})" if code else "")
+    return ""
 
 
 def _disagreement(found: NDArray[Any], expected: NDArray[Any]) -> float:

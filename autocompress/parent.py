@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from autocompress import export
 from autocompress.artifact import versions
 from autocompress.devices.fingerprint import short
 from autocompress.devices.station import Station
+from autocompress.models.attention import own_names
 from autocompress.models.trace import examples, thop_count
 from autocompress.parts import Parts
 from autocompress.pipeline import Work, export_float, weights_of
@@ -26,6 +27,8 @@ from autocompress.types import Facts, Limit, Outcome, QualityLimit, Reading, Tri
 
 PROBE_STEPS, SLICE_STEPS = 3, 12  # of training, between choices of the number of threads
 BASELINE_S = 0.5  # seconds per device: every later reading takes the baseline along
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts save a network
+PREFIXES = ("module.", "_orig_mod.", "model.")  # before every name: DataParallel's, torch.compile's, Lightning's
 MODEL, WEIGHTS = "model.onnx", "weights.safetensors"  # in OUT/baseline
 
 
@@ -43,7 +46,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(
             f"{path}: is no weights file, or holds more than tensors, which is not loaded ({_line(error)})"
         ) from error
-    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    while isinstance(found, dict) and (key := next((key for key in WRAPPERS if isinstance(found.get(key), dict)), "")):
+        found = found[key]
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise UserError(f"{path}: does not hold a state dict of tensors")
     return found
@@ -51,7 +55,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def load_parent(module: nn.Module, path: Path) -> nn.Module:
     """Fill the parent from a weights file. Raises UserError naming the first tensors that do not fit, or a NaN."""
-    tensors, wanted = read_weights(path), module.state_dict()
+    wanted = module.state_dict()
+    tensors = named_like(module, read_weights(path))
     problems = [f"{name} is missing" for name in wanted if name not in tensors]
     problems += [f"{name} is not the network's" for name in tensors if name not in wanted]
     problems += [
@@ -64,11 +69,44 @@ def load_parent(module: nn.Module, path: Path) -> nn.Module:
         for name, tensor in tensors.items()
         if tensor.is_floating_point() and not torch.isfinite(tensor).all()
     ]
+    problems += [
+        f"{name} and {first} differ, the network has one tensor for both"
+        for first, *others in tied(module)
+        for name in others
+        if first in tensors and name in tensors and not torch.equal(tensors[first], tensors[name])
+    ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{path}: weights of another network: {'; '.join(problems[:3])}{more}")
     module.load_state_dict(tensors)
     return module.eval()
+
+
+def named_like(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights by the network's names, as far as that can be told: see PREFIXES, `attention.own_names` and `tied`.
+
+    Counters of batch normalisation, which inference does not read, are the network's own where they are missing.
+    """
+    wanted = module.state_dict()
+    found = own_names(module, tensors)
+    while prefix := next((one for one in PREFIXES if found and all(name.startswith(one) for name in found)), ""):
+        if any(name.startswith(prefix) for name in wanted):
+            break
+        found = own_names(module, {name.removeprefix(prefix): tensor for name, tensor in found.items()})
+    for names in tied(module):
+        held = next((name for name in names if name in found), None)
+        if held is not None:  # savers write a shared tensor once
+            found = {**dict.fromkeys(names, found[held]), **found}
+    counters = {name: tensor for name, tensor in wanted.items() if name.endswith(".num_batches_tracked")}
+    return {**counters, **found}
+
+
+def tied(module: nn.Module) -> list[list[str]]:
+    """Names of the state dict that stand for one tensor."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return [several for several in names.values() if len(several) > 1]
 
 
 def train_parent(module: nn.Module, task: Task, epochs: float, seed: int) -> nn.Module:

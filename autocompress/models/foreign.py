@@ -14,8 +14,10 @@ from torch.nn import functional
 from autocompress.models.attention import unfold
 from autocompress.models.residual import blocks
 from autocompress.models.trace import examples, sites, still
-from autocompress.tasks import InputSpec
+from autocompress.tasks import InputSpec, several
 from autocompress.types import Arch, Choice, Site, UserError
+
+SMALLER = (0.875, 0.75, 0.625, 0.5)  # of the image's side: choices of resolution
 
 
 class Foreign:
@@ -37,20 +39,30 @@ class Foreign:
     @property
     def knobs(self) -> Mapping[str, Choice]:
         """`resolution` in pixels, if the network can be fed smaller images."""
-        return self._knobs
+        return {"resolution": self._sides[0]} if len(self._sides) > 1 else {}
+
+    def choices(self) -> dict[str, tuple[Choice, ...]]:
+        """What each knob may be, the parent's own first: resolutions with which the network gives as many answers."""
+        return {"resolution": self._sides} if len(self._sides) > 1 else {}
 
     @cached_property
-    def _knobs(self) -> dict[str, Choice]:
+    def _sides(self) -> tuple[int, ...]:
         shape = self.spec.shape
         if self.spec.others or len(shape) != 3 or shape[1] != shape[2] or shape[1] < 16:
-            return {}
-        smaller = self.spec.model_copy(update={"shape": (shape[0], shape[1] // 2, shape[1] // 2)})
+            return ()
+        side, step = shape[1], 8 if shape[1] >= 64 else 4
+        smaller = dict.fromkeys(round(side * share / step) * step for share in SMALLER)
+        answers = {one: self._answers(one) for one in (side, *smaller) if one <= side}
+        return tuple(one for one, found in answers.items() if found and found == answers[side])
+
+    def _answers(self, side: int) -> list[tuple[int, ...]]:
+        """Shapes of the outputs for a square image, none if the network does not take it."""
+        one = self.spec.model_copy(update={"shape": (self.spec.shape[0], side, side)})
         try:
             with still(self._parent):
-                self._parent(*examples(smaller))
+                return [tuple(output.shape) for output in several(self._parent(*examples(one)))]
         except Exception:  # noqa: BLE001  whatever it raises: it does not take other sizes
-            return {}
-        return {"resolution": shape[1]}
+            return []
 
     def build(self, arch: Arch) -> nn.Module:
         """The network as its function makes it. Raises UserError if that fails, or for unknown knobs."""
@@ -67,9 +79,12 @@ class Foreign:
             raise UserError(f"model {self.name}: gives a {type(module).__name__}, not an nn.Module")
         module = unfold(module)
         module.register_forward_hook(answer)
-        size = arch.get("resolution", self.spec.shape[-1] if self.spec.shape else 0)
-        if "resolution" in arch and size != self.spec.shape[-1]:
-            module.register_forward_pre_hook(Resize(int(size)))
+        side = self.spec.shape[-1] if self.spec.shape else 0
+        size = arch.get("resolution", side)
+        if size != side:
+            if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= side:
+                raise UserError(f"builder {self.name}: resolution {size!r} is no number of pixels up to {side}")
+            module.register_forward_pre_hook(Resize(size))
         return module
 
     def sites(self) -> tuple[Site, ...]:
