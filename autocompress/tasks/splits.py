@@ -94,6 +94,8 @@ def classes_of(parts: Mapping[str, Indices], names: tuple[str, ...], where: str)
     Raises UserError for a label that no name stands for, or, without names, unless train has every class from 0 on.
     """
     present = np.unique(parts["train"]).tolist()
+    if not present:
+        raise UserError(f"{where}: train is empty")
     if not names:
         gap = next((index for index, label in enumerate(present) if label != index), None)
         if gap is not None:
