@@ -16,6 +16,7 @@ Kind = Literal["op", "searcher", "device", "task", "builder"]
 # Paths, not objects: nothing is imported before it is asked for.
 BUILT_IN: dict[Kind, dict[str, str]] = {
     "op": {
+        "block": "autocompress.ops.block:Block",
         "prune": "autocompress.ops.prune:Prune",
         "lowrank": "autocompress.ops.lowrank:LowRank",
         "sparsify": "autocompress.ops.sparsify:Sparsify",
