@@ -84,10 +84,11 @@ def tables(path: Path) -> dict[str, Path]:
         return {"train": path}
     if not path.is_dir():
         raise UserError(f"data.path: there is no file or folder {path}")
-    names = [
-        (part, path / f"{one}{suffix}") for part, aliases in PARTS.items() for one in aliases for suffix in SUFFIXES
-    ]
-    found = {part: file for part, file in reversed(names) if file.is_file()}
+    found: dict[str, Path] = {}
+    for part, aliases in PARTS.items():
+        there = [file for one in aliases for suffix in SUFFIXES if (file := path / f"{one}{suffix}").is_file()]
+        if there:
+            found[part] = there[0]
     if "train" not in found:
         raise UserError(f"data.path: there is no train.tsv or train.csv in {path}")
     return found
@@ -107,8 +108,6 @@ def numbers(table: Table, names: tuple[str, ...]) -> NDArray[np.int64]:
     known = {name: number for number, name in enumerate(names)}
     for number, one in zip(table.lines, table.labels, strict=True):
         if one not in known:
-            shown = ", ".join(names[:8])
-            raise UserError(
-                f"{table.path}:{number}: the label {one[:40]!r} is none of {shown}; name all under `labels`"
-            )
+            what = f"the label {one[:40]!r} is none of {', '.join(names[:8])}"
+            raise UserError(f"{table.path}:{number}: {what}; name all under `data: {{labels: [...]}}`")
     return np.array([known[one] for one in table.labels], dtype=np.int64)
