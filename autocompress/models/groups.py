@@ -1,73 +1,80 @@
-"""Which layers must lose a channel together: torch-pruning's dependency graph behind our own words.
+"""Which channels must go together (after DepGraph, Fang et al. 2023), found by following them through one run.
 
-After DepGraph (Fang et al. 2023). Grouped convolutions (and the channel shuffle before them) are traced as the dense
-convolutions they stand for; what their groups demand of a choice of channels is said by `cells`.
+A *unit* is a channel with everything that belongs to it: rows and columns of weights, entries of norms and of bare
+parameters; a whole head of attention. A *group* is a set of units that are alike: those that one layer makes first.
 """
 
 from __future__ import annotations
 
-import copy
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
-import torch_pruning as tp
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
-from torch_pruning.pruner import function
 
-from autocompress.models.blocks import ShuffledConv
-from autocompress.models.inheritance import spread
+from autocompress.models.heads import attentions
+from autocompress.models.labels import Labels, Place
+from autocompress.models.slicing import Cut
+from autocompress.tasks import several
 
-Side = Literal["out", "in", "both"]
-
-SIDES: dict[Any, Side] = {
-    function.prune_conv_out_channels: "out",
-    function.prune_linear_out_channels: "out",
-    function.prune_conv_in_channels: "in",
-    function.prune_linear_in_channels: "in",
-    function.prune_depthwise_conv_out_channels: "both",
-    function.prune_depthwise_conv_in_channels: "both",
-    function.prune_batchnorm_out_channels: "both",
-    function.prune_batchnorm_in_channels: "both",
-}
+Ints = NDArray[np.int64]
 
 
 class Unprunable(Exception):  # noqa: N818  a refusal, not an error
-    """A group of channels that cannot be cut; the message says why."""
+    """Channels that cannot be cut; the message says why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Member:
-    """One side of one layer: its channel `indices[i]` belongs to channel `roots[i]` of the group's root."""
+    """One axis that a group has positions on: position `positions[i]` belongs to unit `units[i]`."""
 
-    layer: str
-    side: Side
-    indices: tuple[int, ...]
-    roots: tuple[int, ...]
+    place: Place
+    positions: Ints
+    units: Ints
+    made: bool  # outputs of a layer, not what reads or follows them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
-    """Channels of `root` (a layer's outputs) and everything that goes with them, in the order of the graph."""
+    """Units 0 ... size - 1 in the order of the channels of `root`, the first layer that makes them."""
 
     root: str
-    channels: int
+    size: int
     members: tuple[Member, ...]
+    cells: tuple[Ints, ...]  # units; every cell must keep the same share
+    labels: Tensor  # (size,): a label of each unit
 
     @property
     def producers(self) -> tuple[str, ...]:
-        """Layers whose output channels these are."""
-        return tuple(member.layer for member in self.members if member.side == "out")
+        """Layers whose output channels these are, the root first."""
+        return tuple(dict.fromkeys(member.place.layer for member in self.members if member.made))
 
+    @property
+    def step(self) -> int:
+        """The least number of units that can go or stay at a time: the same share of every cell."""
+        sizes = [len(cell) for cell in self.cells]
+        return sum(sizes) // math.gcd(*sizes)
 
-@dataclass(frozen=True)
-class Grouped:
-    """What the stand-in of a grouped convolution stands for."""
+    @property
+    def width(self) -> int:
+        """Channels of the root per unit (heads have many)."""
+        return max(1, round(self.channels / self.size))
 
-    groups: int
-    interleaved: bool  # a Shuffle comes before it: channel q is read by group q mod groups
+    @property
+    def channels(self) -> int:
+        """Channels of the root that these units are."""
+        return len(self.members[0].positions)
+
+    def rest(self, kept: Sequence[int]) -> Ints:
+        """The units that are not among `kept`."""
+        return np.setdiff1d(np.arange(self.size), np.asarray(kept, dtype=np.int64))
 
 
 def is_depthwise(layer: nn.Module) -> bool:
@@ -75,167 +82,273 @@ def is_depthwise(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
 
 
-def grouped_convs(module: nn.Module) -> dict[str, Grouped]:
-    """Grouped convolutions that are not depthwise, by name."""
-    shuffled = {f"{name}.1" for name, part in module.named_modules() if isinstance(part, ShuffledConv)}
-    return {
-        name: Grouped(part.groups, name in shuffled)
-        for name, part in module.named_modules()
-        if isinstance(part, nn.Conv2d) and part.groups > 1 and not is_depthwise(part)
-    }
-
-
-def stand_in(module: nn.Module) -> nn.Module:
-    """A copy that computes the same with dense convolutions in place of grouped ones and no channel shuffle."""
-    double = copy.deepcopy(module).requires_grad_(True)
-    for name, grouped in grouped_convs(module).items():
-        parent, _, child = name.rpartition(".")
-        holder = double.get_submodule(parent)
-        conv = double.get_submodule(name)
-        assert isinstance(conv, nn.Conv2d)
-        dense = nn.utils.skip_init(
-            nn.Conv2d,
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            bias=conv.bias is not None,
-            padding_mode=conv.padding_mode,
-        )
-        dense.weight = nn.Parameter(spread(conv, grouped.interleaved).detach())
-        dense.bias = conv.bias  # type: ignore[assignment]
-        setattr(holder, child, dense.train(conv.training))
-        if grouped.interleaved:
-            holder[0] = nn.Identity()  # type: ignore[index]
-    return double
-
-
 class Coupling:
-    """The coupled groups of a module, with scores for their channels. Works on a stand-in; `module` is only read.
+    """The groups of a module, found by running it on `example` (one tensor or several); `module` is left as it was.
 
-    Errors of torch-pruning pass unchanged: the caller knows whose network it is.
+    What the network's own code raises passes unchanged: the caller knows whose network it is.
     """
 
     def __init__(self, module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> None:
-        self.grouped = grouped_convs(module)
-        self.model = stand_in(module).eval()
-        self.names = {part: name for name, part in self.model.named_modules()}
-        with torch.enable_grad():
-            self.graph = tp.DependencyGraph().build_dependency(self.model, example, verbose=False)
+        self.attentions = attentions(module)
+        units = {
+            (f"{layer}.{name}", 0): one.units(linear)
+            for one in self.attentions
+            for layer in one.layers
+            if isinstance(linear := module.get_submodule(layer), nn.Linear)
+            for name in ("weight", "bias")
+        }
+        self.trace = Labels(module, units=units)
+        _run(self.trace, module, several(example))
+        self._assemble()
 
-    def group(self, layer: str) -> Group:
-        """The group of a convolution's or linear layer's output channels.
+    def at(self, layer: str) -> tuple[Group, ...]:
+        """The groups that a layer's output channels are in.
 
         Raises:
-            Unprunable: with the reason.
+            Unprunable: it makes none that can be cut; with the reason.
         """
-        raw = self._raw(layer)
-        members: list[Member] = []
-        for item in raw.items:
-            node, side = item.dep.target, SIDES.get(item.dep.handler)
-            name = self.names.get(node.module)
-            if side != "in" and not node.outputs:
-                raise Unprunable(f"its channels are the network's output ({name or node.name})")
-            if isinstance(node.module, nn.Parameter):
-                raise Unprunable(f"coupled with the bare parameter {node.name}, which belongs to no layer we can cut")
-            if name is None:
-                continue  # an operation without channels of its own
-            if side is None or getattr(node.module, "transposed", False):
-                raise Unprunable(f"coupled with {name} ({type(node.module).__name__}), which we cannot cut")
-            roots = item.root_idxs
-            if any(root is None for root in roots):
-                raise Unprunable(f"channels of {name} cannot be traced back to {layer}")
-            members.append(Member(name, side, tuple(item.idxs), tuple(roots)))
-        return Group(layer, len(raw[0].idxs), tuple(members))
-
-    def scores(self, layer: str, importance: str) -> Tensor:
-        """Importance of the group's channels, shape (channels,): torch-pruning's group L1, L2 or first-order Taylor.
-
-        Taylor (Molchanov et al. 2019) reads the gradients left by `learn_gradients`.
-        """
-        raw = self._raw(layer)
-        if importance == "taylor":
-            found = tp.importance.GroupTaylorImportance()(raw)
-        else:
-            power = {"l1": 1, "l2": 2}[importance]
-            found = tp.importance.GroupMagnitudeImportance(p=power)(raw)
-        assert found is not None, "a group holds its root, which has weights"
+        found = tuple(group for group in self.groups if layer in group.producers)
+        if not found:
+            raise Unprunable(self.refused.get(layer, "the forward pass does not use it"))
         return found
 
-    def drop(self, layer: str, channels: Sequence[int]) -> None:
-        """Cut channels out of the stand-in, so that later groups and scores see the smaller network."""
-        module = self.model.get_submodule(layer)
-        pruner = self._pruner(module)
-        self.graph.get_pruning_group(module, pruner.prune_out_channels, list(channels)).prune(record_history=False)
+    def _assemble(self) -> None:
+        trace = self.trace
+        self.of = _components(trace)  # label -> unit of the whole network
+        self.places = {place: self.of[labels.numpy()] for place, labels in trace.places.items()}
+        rows = [self.of[rows.numpy()] for rows in trace.equal]
+        stuck = _stuck(trace, self.of, rows)
+        owner = {int(labels[0]): place for place, labels in trace.places.items()}
+        order = list(dict.fromkeys(owner[int(labels[0])] for labels in trace.produced if int(labels[0]) in owner))
+        self.groups = tuple(_groups(self.places, order, set(stuck), rows, self.of))
+        covered = {producer for group in self.groups for producer in group.producers}
+        self.refused: dict[str, str] = {}
+        for place in order:
+            reasons = [stuck[unit] for unit in self.places[place].tolist() if unit in stuck]
+            if place.layer not in covered and reasons:
+                self.refused.setdefault(place.layer, reasons[0])
 
-    def cells(self, group: Group) -> tuple[list[list[int]], int]:
-        """Channels in cells that must each keep equally many, and how many cells in a row take turns (1: none).
+    def mask(self, removed: Mapping[Group, Ints]) -> Tensor:
+        """Which labels go, shape (labels,), when the units `removed` of each group go."""
+        gone = np.zeros(int(self.of.max()) + 1, dtype=bool)
+        for group, units in removed.items():
+            gone[self.of[group.labels.numpy()[units]]] = True
+        return torch.from_numpy(gone[self.of])
 
-        One cell holds all channels where no grouped convolution is near. Behind a shuffle, cells of different residue
-        take turns, because the kept channel q must still be of residue q mod groups.
+    def plan(self) -> Plan:
+        """Nothing cut yet."""
+        return Plan(self)
 
-        Raises:
-            Unprunable: grouped convolutions cut the channels in ways that do not go together.
-        """
-        blocks: list[list[int]] = []
-        residues: list[list[int]] = []
+
+class Plan:
+    """Cuts in the making, group after group: positions shift as earlier groups leave the same axes."""
+
+    def __init__(self, coupling: Coupling) -> None:
+        self.coupling = coupling
+        self.alive: dict[Place, Ints] = {}
+        self.removed: dict[Group, Ints] = {}
+
+    def cut(self, group: Group, kept: Sequence[int]) -> tuple[list[Cut], dict[str, dict[str, int]]]:
+        """Cuts, and attributes by module, that leave the units `kept` of a group."""
+        self.removed[group] = group.rest(kept)
+        stays = np.ones(group.size, dtype=bool)
+        stays[self.removed[group]] = False
+        alike: defaultdict[tuple[int, int, tuple[int, ...]], list[str]] = defaultdict(list)
         for member in group.members:
-            grouped = self.grouped.get(member.layer)
-            if grouped is None:
+            place = member.place
+            was = self.alive.get(place)
+            was = np.arange(len(self.coupling.places[place])) if was is None else was
+            left = ~np.isin(was, member.positions[~stays[member.units]])
+            self.alive[place] = was[left]
+            key = (len(was), place.groups, tuple(np.flatnonzero(left).tolist()))
+            alike[key].append(f"{place.tensor}:{place.axis}")
+        cuts = [
+            Cut(places=tuple(places), was=was, kept=kept, groups=groups)
+            for (was, groups, kept), places in alike.items()
+        ]
+        return cuts, self._attributes(group)
+
+    def _attributes(self, group: Group) -> dict[str, dict[str, int]]:
+        """What counts the group's channels on modules that have no tensors to read it from."""
+        gone = self.coupling.mask(self.removed)
+        concerned = set(self.coupling.of[group.labels.numpy()].tolist())
+        found: defaultdict[str, dict[str, int]] = defaultdict(dict)
+        for (name, attribute), labels in self.coupling.trace.attributes.items():
+            if not concerned.isdisjoint(self.coupling.of[labels.numpy()].tolist()):
+                found[name][attribute] = int((~gone[labels]).sum())
+        producers = set(group.producers)
+        for one in self.coupling.attentions:
+            if producers.isdisjoint(one.layers):
                 continue
-            if member.roots != member.indices or len(member.roots) != group.channels:
-                raise Unprunable(f"channels reach the grouped convolution {member.layer} in another order")
-            groups, size = grouped.groups, group.channels // grouped.groups
-            if member.side == "in" and grouped.interleaved:
-                residues.append([channel % groups for channel in range(group.channels)])
-            else:
-                blocks.append([channel // size for channel in range(group.channels)])
-        if residues and len({max(labels) for labels in blocks + residues}) > 1:
-            raise Unprunable("channel shuffles and grouped convolutions around it have different numbers of groups")
-        found: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
-        for channel in range(group.channels):
-            found[tuple(labels[channel] for labels in blocks + residues)].append(channel)
-        cells = [found[key] for key in sorted(found)]
-        if len({len(cell) for cell in cells}) > 1:
-            raise Unprunable("grouped convolutions around it cut its channels unevenly")
-        return cells, max(residues[0]) + 1 if residues else 1
-
-    def groups_of(self, layers: Sequence[str]) -> dict[str, Group]:
-        """The groups that can be cut, by their first producer, in the order of `layers`."""
-        found: dict[str, Group] = {}
-        seen: set[str] = set()
-        for layer in layers:
-            if layer in seen or is_depthwise(self.model.get_submodule(layer)):
-                continue
-            try:
-                group = self.group(layer)
-            except Unprunable:
-                seen.add(layer)
-                continue
-            seen.update(group.producers)
-            found[layer] = group
-        return found
-
-    def _pruner(self, module: nn.Module) -> Any:
-        return self.graph.get_pruner_of_module(module)
-
-    def _raw(self, layer: str) -> Any:
-        module = self.model.get_submodule(layer)
-        if module not in self.graph.module2node:
-            raise Unprunable("the forward pass does not use it")
-        pruner = self._pruner(module)
-        count = pruner.get_out_channels(module)
-        return self.graph.get_pruning_group(module, pruner.prune_out_channels, list(range(count)))
+            labels = self.coupling.trace.places[Place(f"{one.layers[0]}.weight", 0)]
+            heads = int((~gone[torch.unique(labels)]).sum())
+            found[one.name] |= {attribute: heads * each for attribute, each in one.attributes.items()}
+        return dict(found)
 
 
-def choose(scores: Tensor, cells: Sequence[Sequence[int]], keep: int, turns: int) -> list[int]:
-    """The channels to keep, in their new order: the best `keep` / len(cells) of every cell.
+def _run(trace: Labels, module: nn.Module, example: tuple[Tensor, ...]) -> None:
+    """Follow one forward pass in evaluation mode, and one in training mode where that reaches further layers."""
+    modes = {part: part.training for part in module.modules()}
+    try:
+        with torch.no_grad():
+            module.eval()
+            with trace.watching():
+                _close(trace, module(*example))
+            if _unreached(trace, module):
+                _train(trace, module, example)
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
-    Each run of `turns` cells (as `Coupling.cells` sorts them) takes turns, so channel q keeps its residue q mod turns.
-    """
-    share = keep // len(cells)
-    best = [sorted(sorted(cell, key=lambda channel: (-float(scores[channel]), channel))[:share]) for cell in cells]
-    runs = [best[start : start + turns] for start in range(0, len(best), turns)]
-    return [cell[turn] for run in runs for turn in range(share) for cell in run]
+
+def _unreached(trace: Labels, module: nn.Module) -> bool:
+    reached = {place.tensor for place in trace.places}
+    return any(name not in reached for name, _ in module.named_parameters())
+
+
+def _train(trace: Labels, module: nn.Module, example: tuple[Tensor, ...]) -> None:
+    """Auxiliary heads run only in training; they read the same channels."""
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    module.train()
+    try:
+        with torch.random.fork_rng(devices=[]), trace.watching():
+            _close(trace, module(*(one.repeat(2, *[1] * (one.dim() - 1)) for one in example)))
+    except (RuntimeError, ValueError):
+        pass  # it cannot be trained on such inputs as it is: nothing to keep in step
+    finally:
+        for buffer, was in buffers:
+            buffer.copy_(was)
+
+
+def _close(trace: Labels, outputs: Any) -> None:
+    """What the network answers keeps its size."""
+    if isinstance(outputs, Tensor):
+        for labels in trace.axes(outputs).values():
+            trace.fix(labels, "its channels are the network's output")
+    elif isinstance(outputs, Mapping):
+        for one in outputs.values():
+            _close(trace, one)
+    elif isinstance(outputs, list | tuple):
+        for one in outputs:
+            _close(trace, one)
+
+
+def _components(trace: Labels) -> Ints:
+    """Units of the whole network by label."""
+    pairs = [(one.expand_as(other) if one.numel() == 1 else one, other) for one, other in trace.edges]
+    if not pairs:
+        return np.arange(trace.count)
+    left, right = (torch.cat([pair[side].flatten() for pair in pairs]).numpy() for side in (0, 1))
+    both = (left > 0) & (right > 0)
+    for nothing, labels in ((left, right), (right, left)):
+        if len(lonely := labels[nothing == 0]):
+            trace.fix(torch.from_numpy(lonely), "its channels meet padding")
+    graph = coo_matrix((np.ones(int(both.sum()), dtype=bool), (left[both], right[both])), shape=(trace.count,) * 2)
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def _stuck(trace: Labels, of: Ints, rows: Sequence[Ints]) -> dict[int, str]:
+    """Units that must stay, with the first reason."""
+    found = {int(of[0]): "its channels meet padding"}
+    for labels, why in trace.fixed:
+        for unit in np.unique(of[labels.numpy()]).tolist():
+            found.setdefault(unit, why)
+    while True:  # groups of a convolution stay equally large: where one channel must stay, all must
+        size = len(found)
+        for table in rows:
+            units = np.unique(table).tolist()
+            if any(unit in found for unit in units):
+                for unit in units:
+                    found.setdefault(unit, "channels beside it must stay, and a grouped layer cannot lose some only")
+        if len(found) == size:
+            return found
+
+
+def _groups(
+    places: Mapping[Place, Ints], order: Sequence[Place], stuck: set[int], rows: Sequence[Ints], of: Ints
+) -> list[Group]:
+    """Units that are alike, made into groups."""
+    index = {place: number for number, place in enumerate(places)}
+    units = np.concatenate([*places.values(), np.zeros(0, dtype=np.int64)])
+    owners = np.repeat(np.arange(len(places)), [len(one) for one in places.values()])
+    pairs, counts = np.unique(np.stack([units, owners]), axis=1, return_counts=True)
+    signature: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+    for unit, owner, count in zip(*pairs.tolist(), counts.tolist(), strict=True):
+        if unit not in stuck:
+            signature[unit].append((owner, count))
+    root: dict[int, int] = {}  # unit -> place that makes it first
+    for place in order:
+        for unit in places[place].tolist():
+            if unit not in stuck:
+                root.setdefault(unit, index[place])
+    # units of one root go into one group; so do those of roots whose numbers are bound to each other
+    bound = {number: number for number in root.values()}
+
+    def head(number: int) -> int:
+        while bound[number] != number:
+            number = bound[number]
+        return number
+
+    tables = [table for table in rows if not stuck.intersection(table.ravel().tolist())]
+    for table in tables:
+        heads = sorted({head(root[unit]) for unit in table.ravel().tolist() if unit in root})
+        for other in heads[1:]:
+            bound[other] = heads[0]
+    everything: defaultdict[int, list[int]] = defaultdict(list)
+    for unit in root:
+        everything[head(root[unit])].append(unit)
+    standing: defaultdict[int, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)
+    for number, table in enumerate(tables):
+        for unit in np.unique(table).tolist():
+            standing[unit].append((number, tuple((table == unit).sum(1).tolist())))
+    names = list(places)
+    made = {index[place] for place in order}
+    label_of = np.zeros(int(of.max()) + 1, dtype=np.int64)
+    label_of[of[::-1]] = np.arange(len(of))[::-1]
+    found: list[Group] = []
+    for place in order:
+        if index[place] in everything:
+            mine = everything[index[place]]
+            found.append(_group(index[place], mine, signature, standing, places, names, made, label_of))
+    return found
+
+
+def _group(
+    root: int,
+    units: Sequence[int],
+    signature: Mapping[int, list[tuple[int, int]]],
+    standing: Mapping[int, list[tuple[int, tuple[int, ...]]]],
+    places: Mapping[Place, Ints],
+    names: Sequence[Place],
+    made: set[int],
+    label_of: Ints,
+) -> Group:
+    number = {unit: at for at, unit in enumerate(units)}
+    cells: defaultdict[Any, list[int]] = defaultdict(list)
+    for unit, at in number.items():
+        cells[tuple(signature[unit]), tuple(standing.get(unit, ()))].append(at)
+    touched = sorted({owner for unit in units for owner, _ in signature[unit]}, key=lambda one: (one != root, one))
+    lookup = np.full(len(label_of), -1, dtype=np.int64)
+    lookup[list(number)] = list(number.values())
+    members: list[Member] = []
+    for owner in touched:
+        mine = lookup[places[names[owner]]]
+        positions = np.flatnonzero(mine >= 0)
+        members.append(Member(names[owner], positions, mine[positions], owner in made))
+    return Group(
+        root=names[root].layer,
+        size=len(units),
+        members=tuple(members),
+        cells=tuple(np.array(cell) for cell in cells.values()),
+        labels=torch.from_numpy(label_of[np.array(units)]),
+    )
+
+
+def choose(scores: Tensor, cells: Sequence[Sequence[int] | Ints], keep: int) -> list[int]:
+    """The `keep` units to keep, in order: the same share of every cell, the best of each."""
+    total = sum(len(cell) for cell in cells)
+    kept: list[int] = []
+    for cell in cells:
+        best = sorted((int(unit) for unit in cell), key=lambda unit: (-float(scores[unit]), unit))
+        kept += best[: len(cell) * keep // total]
+    return sorted(kept)

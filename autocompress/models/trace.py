@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autocompress.models.groups import Coupling, is_depthwise
+from autocompress.models.groups import is_depthwise
+from autocompress.models.proof import prunable
 from autocompress.tasks import InputSpec, batch_size, several
 from autocompress.types import Site
 
@@ -75,7 +76,7 @@ def sites(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Site
     `prune` is among a site's ops where it is the first producer of its coupled group, `lowrank` where it has no groups.
     """
     names = _order(module, example)
-    first = Coupling(module, example).groups_of(names)
+    cuts = prunable(module, example)
     with still(module), FlopCounterMode(display=False) as counter:
         module(*several(example))
     flops = counter.get_flop_counts()
@@ -86,7 +87,13 @@ def sites(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Site
         parameters = sum(parameter.numel() for parameter in layer.parameters())
         macs = sum(flops.get(f"{prefix}.{name}" if name else prefix, {}).values()) // 2 // batch_size(example)
         grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
-        ops = [*(["prune"] if name in first else []), *([] if grouped else ["lowrank"]), "sparsify", "qat", "quantize"]
+        ops = [
+            *(["prune"] if name in cuts.roots else []),
+            *([] if grouped else ["lowrank"]),
+            "sparsify",
+            "qat",
+            "quantize",
+        ]
         if isinstance(layer, nn.Conv2d):
             kind = "depthwise" if is_depthwise(layer) else "grouped" if grouped else "conv"
             inputs, outputs, kernel = layer.in_channels, layer.out_channels, max(layer.kernel_size)

@@ -1,29 +1,115 @@
-"""Op `prune`: cut the least important channels of a coupled group (structured pruning).
+"""Op `prune`: cut the least important channels, attention heads and hidden units (structured pruning).
 
-Groups and scores come from torch-pruning (DepGraph, Fang et al. 2023); what is kept stands in the receipt as plain
-indices of every layer concerned, so enacting needs neither torch-pruning nor data.
+What belongs together is found by following channels through the network (`models.groups`, after DepGraph, Fang et al.
+2023); what is kept stands in the receipt as plain indices, so enacting needs no library, no trace and no data.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autocompress.models.groups import Coupling, Group, Unprunable, choose, is_depthwise
-from autocompress.models.trace import leaves
+from autocompress.models.proof import faults
+from autocompress.models.slicing import Cut, Mismatch, apply
+from autocompress.models.trace import count, examples
 from autocompress.ops import Phase
-from autocompress.ops.slicing import Cut, apply, channels, difference
+from autocompress.ops.importance import GRADIENTS, IMPORTANCES, Importance, Scores, learn_gradients, scores
 from autocompress.tasks import Task, several
-from autocompress.types import Choice, Entry, Profile, Receipt, Rule, TrialFailure, UserError
+from autocompress.types import Choice, Entry, Profile, Receipt, Record, Rule, TrialFailure, UserError
 
-IMPORTANCES = ("l1", "l2", "taylor")
-SCORED = 256
-"""Calibration examples that Taylor importance reads."""
+SCOPES = ("group", "global")
+LEAST = 0.1
+"""Share of a group that global ranking leaves at least."""
+
+
+class Wish(Record):
+    """What a rule asks for."""
+
+    ratio: float
+    importance: Importance
+    scope: str
+
+
+class Prune:
+    """Coupled structured pruning. `ratio` is the share of channels to cut, `importance` what they are ranked by.
+
+    `scope` group: the same ratio in every group of the rule's site; global: all of them are ranked together (scores
+    over each group's mean), and each keeps a tenth and one channel multiple of the profile at least.
+    """
+
+    name = "prune"
+    phase: Phase = "structure"
+
+    def __init__(self) -> None:
+        self.params: dict[str, Any] = {"ratio": 0.0, "importance": "l1", "scope": "group"}
+
+    def decide(
+        self,
+        subject: nn.Module,
+        rules: Sequence[Rule],
+        task: Task,
+        profile: Profile,
+        tensors: dict[str, Tensor] | None = None,  # noqa: ARG002  nothing is fitted
+    ) -> Receipt:
+        """Choose the channels that stay. Of two rules for coupled layers the first counts.
+
+        Raises UserError for a setting that makes no sense and TrialFailure where the network does not run.
+        """
+        wishes = [(rule, wish(rule)) for rule in rules]
+        wishes = [(rule, wished) for rule, wished in wishes if wished.ratio > 0]
+        if not wishes:
+            return Receipt(op=self.name)
+        try:
+            coupling = Coupling(subject, examples(task.input))
+        except Exception as error:  # a stranger's network may raise anything
+            raise TrialFailure(f"prune: the network cannot be followed: {type(error).__name__}: {error}") from error
+        verdicts = [_Verdict(subject, coupling, rule, wished) for rule, wished in wishes]
+        _share_out(verdicts)
+        judged = subject
+        if any(verdict.wish.importance in GRADIENTS and verdict.groups for verdict in verdicts):
+            judged = copy.deepcopy(subject)
+            learn_gradients(judged, task, count(subject, examples(task.input))[0])
+        for verdict in verdicts:
+            verdict.choose(judged, profile.channel_multiple)
+        kept = {group: chosen for verdict in verdicts for group, chosen in verdict.kept.items()}
+        if kept:
+            bad = faults(subject, coupling, kept, samples(task))
+            for verdict in verdicts:
+                verdict.give_up(bad)
+        plan = coupling.plan()
+        return Receipt(op=self.name, entries=tuple(verdict.entry(plan) for verdict in verdicts))
+
+    def enact(self, subject: nn.Module, receipt: Receipt, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:  # noqa: ARG002
+        """Keep what the receipt keeps, in place. Raises UserError where it was written for another network."""
+        for entry in receipt.entries:
+            cuts = [Cut.model_validate(raw) for raw in entry.facts.get("cuts", ())]
+            try:
+                apply(subject, cuts, entry.facts.get("attributes", {}))
+            except Mismatch as why:
+                raise UserError(f"prune at site {entry.site}: the receipt is of another network: {why}") from why
+        return subject
+
+
+def wish(rule: Rule) -> Wish:
+    """A rule's settings, checked. Raises UserError for one that is unknown or makes no sense."""
+    known: dict[str, Choice] = {"ratio": 0.0, "importance": "l1", "scope": "group", **rule.settings}
+    where = f"prune at site {rule.site}"
+    if unknown := set(rule.settings) - {"ratio", "importance", "scope"}:
+        raise UserError(f"{where}: unknown setting {min(unknown)!r}; known are ratio, importance, scope")
+    ratio, importance, scope = known["ratio"], known["importance"], known["scope"]
+    if isinstance(ratio, bool | str) or not 0 <= ratio < 1:
+        raise UserError(f"{where}: ratio {ratio!r} is no share in [0, 1)")
+    if importance not in IMPORTANCES:
+        raise UserError(f"{where}: importance {importance!r}; choose one of {', '.join(IMPORTANCES)}")
+    if scope not in SCOPES:
+        raise UserError(f"{where}: scope {scope!r}; choose one of {', '.join(SCOPES)}")
+    return Wish(ratio=float(ratio), importance=importance, scope=str(scope))
 
 
 def keep_count(channels: int, ratio: float, unit: int, multiple: int) -> int:
@@ -39,187 +125,112 @@ def keep_count(channels: int, ratio: float, unit: int, multiple: int) -> int:
     return unit
 
 
-class Prune:
-    """Coupled structured pruning. `ratio` is the share of channels to cut, `importance` l1, l2 or taylor."""
-
-    name = "prune"
-    phase: Phase = "structure"
-
-    def __init__(self) -> None:
-        self.params: dict[str, Any] = {"ratio": 0.0, "importance": "l1"}
-
-    def decide(
-        self,
-        subject: nn.Module,
-        rules: Sequence[Rule],
-        task: Task,
-        profile: Profile,
-        tensors: dict[str, Tensor] | None = None,  # noqa: ARG002  nothing is fitted
-    ) -> Receipt:
-        """Choose the channels that stay, rule by rule on the network that the rules before have left.
-
-        Raises UserError for a setting that makes no sense and TrialFailure where torch-pruning cannot read the network.
-        """
-        asked = [(rule, *_settings(rule)) for rule in rules]
-        asked = [item for item in asked if item[1] > 0]
-        if not asked:
-            return Receipt(op=self.name)
-        shape = tuple(task.input.shape)
-        try:
-            coupling = Coupling(subject, torch.zeros(1, *shape))
-        except Exception as error:  # a stranger's network may break torch-pruning in any way
-            raise TrialFailure(
-                f"prune: torch-pruning cannot read the network: {type(error).__name__}: {error}"
-            ) from error
-        if any(importance == "taylor" for _, _, importance in asked):
-            learn_gradients(coupling.model, task)
-        surgery = _Surgery(coupling, shape, profile.channel_multiple)
-        return Receipt(op=self.name, entries=tuple(surgery.follow(*item) for item in asked))
-
-    def enact(self, subject: nn.Module, receipt: Receipt, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:  # noqa: ARG002
-        """Keep what the receipt keeps, in place. Raises UserError where it was written for another network."""
-        for entry in receipt.entries:
-            for raw in entry.facts.get("cuts", ()):
-                cut = Cut.model_validate(raw)
-                why = difference(subject, cut)
-                if why:
-                    raise UserError(f"prune at site {entry.site}: the receipt is of another network: {why}")
-                apply(subject, cut)
-        return subject
+def samples(task: Task) -> tuple[Tensor, ...]:
+    """Two inputs to try a network on: noise, or real ones where they are numbers of words."""
+    zeros = examples(task.input, 2)
+    if all(one.is_floating_point() for one in zeros):
+        generator = torch.Generator().manual_seed(0)
+        return tuple(torch.randn(one.shape, generator=generator).to(one.dtype) for one in zeros)
+    inputs, _ = next(iter(task.batches("calibration", 2, limit=2)))
+    return several(inputs)
 
 
-def learn_gradients(model: nn.Module, task: Task) -> None:
-    """Sum gradients of the task's loss over calibration batches into the parameters' `.grad`, batch norm by batch."""
-    model.zero_grad()
-    model.eval()
-    for part in model.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            part.train()  # inherited statistics may not fit yet
-    with torch.enable_grad():
-        for inputs, targets in task.batches("calibration", 64, limit=SCORED):
-            task.loss(model(*several(inputs)), targets).backward()
-    model.eval()
-    for parameter in model.parameters():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)  # not used by the loss
+class _Verdict:
+    """One rule on its way to an entry."""
 
-
-def _settings(rule: Rule) -> tuple[float, str]:
-    """Ratio and importance of a rule, checked."""
-    known: dict[str, Choice] = {"ratio": 0.0, "importance": "l1", **rule.settings}
-    unknown = set(rule.settings) - {"ratio", "importance"}
-    if unknown:
-        raise UserError(f"prune at site {rule.site}: unknown setting {min(unknown)!r}; known are ratio, importance")
-    ratio, importance = known["ratio"], known["importance"]
-    if isinstance(ratio, bool | str) or not 0 <= ratio < 1:
-        raise UserError(f"prune at site {rule.site}: ratio {ratio!r} is no share in [0, 1)")
-    if importance not in IMPORTANCES:
-        raise UserError(f"prune at site {rule.site}: importance {importance!r}; choose one of {', '.join(IMPORTANCES)}")
-    return float(ratio), str(importance)
-
-
-class _Surgery:
-    """One decision under way: the stand-in shrinks rule by rule."""
-
-    def __init__(self, coupling: Coupling, shape: tuple[int, ...], multiple: int) -> None:
-        self.coupling, self.shape, self.multiple = coupling, shape, multiple
-        self.cut_by: dict[str, str] = {}  # producer -> site whose rule has cut its outputs
-
-    def follow(self, rule: Rule, ratio: float, importance: str) -> Entry:
-        cuts: list[Cut] = []
-        reasons: list[str] = []
-        before = after = 0
-        model = self.coupling.model
-        producers = [name for name in leaves(model, rule.site) if not is_depthwise(model.get_submodule(name))]
-        if not producers:
-            reasons.append("no convolution or linear layer is there")
-        for layer in producers:
-            if self.cut_by.get(layer) == rule.site:
-                continue  # coupled with a layer this rule has already reached
+    def __init__(self, module: nn.Module, coupling: Coupling, rule: Rule, wish: Wish) -> None:
+        self.rule, self.wish = rule, wish
+        self.reasons: list[str] = []
+        self.groups: list[Group] = []
+        self.kept: dict[Group, list[int]] = {}
+        self.instead: dict[str, str] = {}
+        layers = list(_layers(module, rule.site))
+        if not layers:
+            self.reasons.append("no convolution or linear layer is there")
+        for layer in layers:
             try:
-                group, found = self._cut(layer, ratio, importance)
+                self.groups += [group for group in coupling.at(layer) if group not in self.groups]
             except Unprunable as refusal:
-                reasons.append(str(refusal))
+                self.reasons.append(str(refusal))
+
+    def choose(self, module: nn.Module, multiple: int) -> None:
+        """Rank units and keep the best."""
+        found = {group: scores(module, group, self.wish.importance) for group in self.groups}
+        self.instead = {group.root: score.instead for group, score in found.items() if score.instead}
+        ratios = _global_ratios(found, self.wish.ratio) if self.wish.scope == "global" else {}
+        for group, score in found.items():
+            units = multiple // math.gcd(multiple, group.width)  # a head may be several multiples wide
+            keep = keep_count(group.size, ratios.get(group, self.wish.ratio), group.step, units)
+            if self.wish.scope == "global":
+                least = max(math.ceil(group.size * LEAST), min(units, group.size))
+                keep = max(keep, min(group.size, math.ceil(least / group.step) * group.step))
+            if keep == group.size:
+                what = f"{group.size} channels" if group.width == 1 else f"{group.size} units of {group.width} channels"
+                self.reasons.append(f"{self.wish.ratio:g} of {what} is less than what can be cut at a time")
                 continue
+            self.kept[group] = choose(score.values, group.cells, keep)
+
+    def give_up(self, bad: Mapping[Group, str]) -> None:
+        """Leave alone what cannot be cut after all."""
+        for group, why in bad.items():
+            if self.kept.pop(group, None) is not None:
+                self.reasons.append(why)
+
+    def entry(self, plan: Any) -> Entry:
+        """The receipt's line; cuts follow those of the rules before."""
+        if not self.kept:
+            return Entry(site=self.rule.site, status="skipped", why=self.reasons[0], asked=self.rule.settings)
+        cuts: list[Cut] = []
+        attributes: dict[str, dict[str, int]] = {}
+        for group, kept in self.kept.items():
+            found, values = plan.cut(group, kept)
             cuts += found
-            before += group.channels
-            after += len(found[0].kept)
-            self.cut_by |= dict.fromkeys(group.producers, rule.site)
-        if not cuts:
-            return Entry(site=rule.site, status="skipped", why=reasons[0], asked=rule.settings)
+            for name, mine in values.items():
+                attributes.setdefault(name, {}).update(mine)
+        before = sum(group.channels for group in self.kept)
+        after = sum(group.channels * len(kept) // group.size for group, kept in self.kept.items())
+        facts: dict[str, Any] = {"cuts": [cut.model_dump(mode="json", exclude_defaults=True) for cut in cuts]}
+        if attributes:
+            facts["attributes"] = attributes
+        if instead := {root: why for root, why in self.instead.items() if root in {group.root for group in self.kept}}:
+            facts["importance"] = instead
         return Entry(
-            site=rule.site,
-            asked=rule.settings,
+            site=self.rule.site,
+            asked=self.rule.settings,
             achieved={"ratio": 1 - after / before, "kept": after, "of": before},
-            facts={"cuts": [cut.model_dump(mode="json", exclude_defaults=True) for cut in cuts]},
+            facts=facts,
         )
 
-    def _cut(self, layer: str, ratio: float, importance: str) -> tuple[Group, list[Cut]]:
-        group = self.coupling.group(layer)
-        taken = [producer for producer in group.producers if producer in self.cut_by]
-        if taken:
-            raise Unprunable(f"the rule for {self.cut_by[taken[0]]} has cut these channels, which are coupled")
-        cells, turns = self.coupling.cells(group)
-        keep = keep_count(group.channels, ratio, len(cells), self.multiple)
-        if keep == group.channels:
-            raise Unprunable(f"{ratio:g} of {group.channels} channels is less than what can be cut at a time")
-        kept = choose(self.coupling.scores(layer, importance), cells, keep, turns)
-        cuts = self._cuts(group, kept)
-        self._check(cuts)
-        self.coupling.drop(layer, sorted(set(range(group.channels)) - set(kept)))
-        return group, cuts
 
-    def _cuts(self, group: Group, kept: Sequence[int]) -> list[Cut]:
-        """What keeping channels `kept` of the root means for every member; a member may see a channel many times."""
-        rank = {root: position for position, root in enumerate(kept)}
-        cuts: list[Cut] = []
-        for member in group.members:
-            was = channels(self.coupling.model.get_submodule(member.layer), member.side)
-            mine = dict(zip(member.indices, member.roots, strict=True))
-            stay = [index for index in range(was) if mine.get(index, kept[0]) in rank]
-            if len(member.indices) == was and member.roots == member.indices:
-                stay = list(kept)  # one to one: the new order of a shuffled group
-            grouped = self.coupling.grouped.get(member.layer)
-            cuts.append(
-                Cut(
-                    layer=member.layer,
-                    side=member.side,
-                    was=was,
-                    kept=tuple(stay),
-                    groups=grouped.groups if grouped else 1,
-                    interleaved=grouped.interleaved if grouped else False,
-                )
-            )
-        return cuts
-
-    def _check(self, cuts: Sequence[Cut]) -> None:
-        """Cutting must equal ignoring: consumers that are blind to the channels give what the smaller network gives.
-
-        It fails where channels go another way than torch-pruning believes (zero-padded shortcuts, free-hand shuffles).
-        """
-        blind = _normalising(copy.deepcopy(self.coupling.model))
-        small = _normalising(copy.deepcopy(self.coupling.model))
-        for cut in cuts:
-            dense = cut.model_copy(update={"groups": 1, "interleaved": False})
-            if cut.side == "in":
-                gone = sorted(set(range(cut.was)) - set(cut.kept))
-                blind.get_submodule(cut.layer).weight.data[:, gone] = 0  # type: ignore[operator]
-            apply(small, dense)
-        noise = torch.randn(4, *self.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        with torch.no_grad():
-            try:
-                expected, found = blind(noise), small(noise)
-            except RuntimeError as error:
-                raise Unprunable(f"torch-pruning's group does not fit together: {error}") from error
-        scale = float(expected.abs().max())
-        if not torch.allclose(expected, found, rtol=0, atol=1e-6 * scale):
-            raise Unprunable("torch-pruning pairs the wrong channels here: cutting them changes what the rest computes")
+def _share_out(verdicts: Sequence[_Verdict]) -> None:
+    """Each group belongs to the first rule that reaches it."""
+    taken: dict[Group, str] = {}
+    for verdict in verdicts:
+        for group in list(verdict.groups):
+            site = taken.setdefault(group, verdict.rule.site)
+            if site != verdict.rule.site:
+                verdict.groups.remove(group)
+                verdict.reasons.append(f"the rule for {site} has cut these channels, which are coupled")
 
 
-def _normalising(model: nn.Module) -> nn.Module:
-    """Double precision, batch norm by batch: signals stay of order one in an untrained network too."""
-    model.double().eval()
-    for part in model.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            part.train()
-    return model
+def _layers(module: nn.Module, site: str) -> Iterator[str]:
+    """Layers at a site or under it that make channels."""
+    for name, part in module.named_modules():
+        here = site in (".", name) or name.startswith(f"{site}.")
+        if here and isinstance(part, nn.modules.conv._ConvNd | nn.Linear | nn.Embedding) and not is_depthwise(part):
+            yield name
+
+
+def _global_ratios(found: Mapping[Group, Scores], ratio: float) -> dict[Group, float]:
+    """The share of each group that goes when all units are ranked together, scores over their group's mean."""
+    if not found:
+        return {}
+    groups = list(found)
+    values = torch.cat([found[group].values / found[group].values.mean().clamp_min(1e-12) for group in groups])
+    owner = torch.cat([torch.full((group.size,), at) for at, group in enumerate(groups)])
+    width = torch.tensor([float(group.width) for group in groups])[owner]
+    order = torch.argsort(values, stable=True)
+    spent = width[order].cumsum(0)
+    gone = owner[order[spent <= ratio * float(width.sum()) + 1e-6]]
+    counts = torch.bincount(gone, minlength=len(groups))
+    return {group: float(counts[at]) / group.size for at, group in enumerate(groups)}
