@@ -9,7 +9,7 @@ al. 2016, "Accelerating Very Deep Convolutional Networks", section 3).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from autocompress.models.trace import examples, still
 from autocompress.ops import Phase, whiten
 from autocompress.ops.chain import Layer, Method, Split, cost, difference, fill, full_ranks, put, strides, thin
-from autocompress.ops.factors import chained, pair, spatial, tucker
+from autocompress.ops.factors import pair, spatial, tucker
 from autocompress.ops.fit import Moments, each
+from autocompress.ops.whiten import Answers
 from autocompress.tasks import Task
 from autocompress.types import Choice, Entry, Profile, Receipt, Record, Rule, TrialFailure, UserError
 
@@ -77,12 +78,12 @@ class LowRank:
         refused = unusable(subject, splits, examples(task.input))
         splits = [split for split in splits if split.layer not in refused]
         if tensors is not None:
-            blind = [split for split in splits if not taken[split.layer].data]
-            for split in blind:
-                tensors |= factors(subject.get_submodule(split.layer), split)
+            for split in splits:
+                if not taken[split.layer].data:
+                    tensors |= factors(subject.get_submodule(split.layer), split)
             seeing = {split.layer: split for split in splits if taken[split.layer].data}
-            for name, moments in each(subject, list(seeing), task):
-                tensors |= factors(subject.get_submodule(name), seeing[name], moments)
+            for name, seen in looks(subject, seeing, task):
+                tensors |= factors(subject.get_submodule(name), seeing[name], seen)
         return Receipt(
             op=self.name,
             entries=tuple(
@@ -154,7 +155,7 @@ def plan(module: nn.Module, name: str, wished: Wish, multiple: int) -> Split | s
     """The split of one layer, or why it is left alone. Ranks are rounded to `multiple`."""
     layer = module.get_submodule(name)
     assert isinstance(layer, Layer)
-    if why := peculiar(layer, name, data=wished.data):
+    if why := peculiar(layer, name):
         return why
     shape = tuple(layer.weight.shape)
     method: Method = wished.method if len(shape) == 4 and math.prod(shape[2:]) > 1 else "svd"
@@ -172,7 +173,7 @@ def plan(module: nn.Module, name: str, wished: Wish, multiple: int) -> Split | s
     return split
 
 
-def peculiar(layer: Layer, name: str, *, data: bool) -> str:
+def peculiar(layer: Layer, name: str) -> str:
     """Why a layer computes something else than its weight says or cannot be taken out, empty where neither is so."""
     if not name:
         return "it is the whole network"
@@ -185,8 +186,6 @@ def peculiar(layer: Layer, name: str, *, data: bool) -> str:
         return f"{name} is a {type(layer).__name__}, which computes with another weight than it holds"
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return f"{name} has hooks, which a replacement would lose"
-    if data and isinstance(layer, nn.Conv1d):
-        return f"{name} is a Conv1d, which is truncated without data only"
     if not layer.weight.is_floating_point() or not bool(layer.weight.isfinite().all()):
         return f"the weight of {name} is not finite"
     return ""
@@ -259,24 +258,41 @@ def attempt(module: nn.Module, splits: Sequence[Split], inputs: tuple[Tensor, ..
     return called
 
 
-def factors(layer: nn.Module, split: Split, found: Moments | None = None) -> dict[str, Tensor]:
+def by_answers(split: Split) -> bool:
+    """Whether the outputs' moments are enough for the data-aware optimum, and the inputs' larger (or not to be had)."""
+    return split.method == "svd" and (len(split.shape) == 3 or split.shape[0] <= math.prod(split.shape[1:]))
+
+
+def looks(module: nn.Module, splits: Mapping[str, Split], task: Task) -> Iterator[tuple[str, Moments | Answers]]:
+    """Layers with what was seen of them on calibration data."""
+    wide = [name for name, split in splits.items() if by_answers(split)]
+    yield from whiten.answers(module, wide, task).items()
+    yield from each(module, [name for name in splits if name not in wide], task)
+
+
+def factors(layer: nn.Module, split: Split, found: Moments | Answers | None = None) -> dict[str, Tensor]:
     """The chain's tensors by receipt key: nearest to the weight, or to the outputs where moments are given."""
     assert isinstance(layer, Layer)
     weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
     exact = weight if weight.dtype == torch.float64 else weight.float()
     ranks = (split.inner, split.rank) if split.method == "tucker" else (split.rank,)
-    chain = FACTORS[split.method](exact, *ranks)
-    if found is not None and found.count and bool(found.xx.isfinite().all()):
-        goal = whiten.Goal.of(exact, found, biased=bias is not None)
-        chain = whiten.better(goal, chain, lambda: WHITENED[split.method](goal, *ranks))
-        if bias is not None:
-            whole = chained([one.double() for one in chain])
-            bias = bias + (found.x / found.count @ (exact.double() - whole).flatten(1).T).to(bias.dtype)
+    read = found.moments if isinstance(found, Answers) else found
+    shift = torch.zeros(len(weight))
+    if read is None or not read.count or not bool(read.xx.isfinite().all()):
+        chain = PLAIN[split.method](exact, *ranks)
+    elif isinstance(found, Answers):
+        chain, shift = whiten.principal(exact, found, split.rank, biased=bias is not None)
+    else:
+        goal = whiten.Goal.of(exact, read, biased=bias is not None)
+        chain = WHITENED[split.method](goal, *ranks)
+        if split.method != "svd":  # the other two are no optimum: positions were taken as independent
+            chain = whiten.better(goal, chain, PLAIN[split.method](exact, *ranks))
+        shift = goal.shift(chain, read.x / read.count)
     tensors = {f"{place}.weight": one.to(weight.dtype).contiguous() for place, one in enumerate(chain)}
     if bias is not None:
-        tensors[f"{len(chain) - 1}.bias"] = bias.clone()
+        tensors[f"{len(chain) - 1}.bias"] = (bias + shift).to(bias.dtype)
     return {f"{split.layer}/{name}": tensor for name, tensor in tensors.items()}
 
 
-FACTORS = {"svd": pair, "spatial": spatial, "tucker": tucker}
+PLAIN = {"svd": pair, "spatial": spatial, "tucker": tucker}
 WHITENED = {"svd": whiten.pair, "spatial": whiten.spatial, "tucker": whiten.tucker}

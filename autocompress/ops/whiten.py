@@ -7,14 +7,18 @@ factors are fitted to what the first one passes on. The inputs are the unchanged
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from autocompress.ops.factors import SPECTRA, Spectra, chained, eigen, evened, orthogonal_sides, refolded, unfolded
-from autocompress.ops.fit import RIDGE, Moments, ridge
+from autocompress.models.trace import still
+from autocompress.ops.chain import Layer
+from autocompress.ops.factors import chained, eigen, evened, orthogonal_sides, refolded, unfolded
+from autocompress.ops.fit import RIDGE, ROWS, Moments, calibration, images_for, ridge, sample
+from autocompress.tasks import Task, batch_size
 
 Chain = list[Tensor]
 
@@ -39,10 +43,13 @@ class Goal:
         return cls(weight.double().flatten(1), tuple(weight.shape), xx, lift if lift > 0 else 1.0)
 
     def error(self, chain: Chain) -> float:
-        """Share of the outputs' square (variance with a bias) that the chain misses."""
-        missed = self.weight - chained([one.double() for one in chain]).flatten(1)
-        whole = float((self.weight @ self.xx * self.weight).sum())
-        return float((missed @ self.xx * missed).sum()) / whole if whole > 0 else 0.0
+        """Square error of the outputs, summed over rows and channels (of their variance with a bias)."""
+        missed = (self.weight - chained([one.double() for one in chain]).flatten(1)).float()
+        return float((missed @ self.xx.float() * missed).sum())
+
+    def shift(self, chain: Chain, mean: Tensor) -> Tensor:
+        """What to add to the bias (out,) for inputs of this mean (d,)."""
+        return (self.weight - chained([one.double() for one in chain]).flatten(1)) @ mean
 
     def white(self, xx: Tensor) -> Tensor:
         """Lower factor L of L L^T, a second moment lifted a little: no direction is without weight."""
@@ -54,25 +61,83 @@ class Goal:
             lift *= 10  # rounding has made it indefinite; above its trace no finite moment is
 
 
-def pair(goal: Goal, rank: int, spectra: Spectra = SPECTRA) -> Chain:
-    """The pair (rank, in, ...) and (out, rank, 1 ...) whose outputs are nearest: the exact optimum.
+class Answers:
+    """What layers answer on calibration data, without their bias: `moments` of the outputs, sampled.
 
-    The outputs' principal directions (Zhang et al. 2016, section 3.1), found on the smaller side.
+    `power` is the mean square of an input value.
     """
+
+    def __init__(self, outputs: int) -> None:
+        self.moments = Moments(outputs, 0)
+        self.squares, self.values = 0.0, 0
+
+    @property
+    def power(self) -> float:
+        """Mean square of the input's values."""
+        return self.squares / max(self.values, 1)
+
+    def add(self, layer: Layer, x: Tensor, output: Tensor, wanted: int, seed: int) -> None:
+        """One call's `wanted` rows."""
+        self.squares += float(x.double().square().sum())
+        self.values += x.numel()
+        axis = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
+        rows = output.movedim(axis, -1).reshape(-1, len(layer.weight))
+        rows = rows[sample(len(rows), wanted, seed)]
+        self.moments.add(rows if layer.bias is None else rows - layer.bias.detach())
+
+
+def answers(module: nn.Module, names: Sequence[str], task: Task) -> dict[str, Answers]:
+    """Outputs of the named layers (Linear, convolutions) in evaluation mode, all in one pass of few bytes."""
+    limit, seen = images_for(task.input), 0
+    found = {name: Answers(len(module.get_parameter(f"{name}.weight"))) for name in names}
+
+    def watch(held: Answers) -> Callable[[nn.Module, Any, Tensor], None]:
+        def add(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+            assert isinstance(layer, Layer)
+            held.add(layer, inputs[0].detach(), output.detach(), max(1, round(ROWS * len(inputs[0]) / limit)), seen)
+
+        return add
+
+    hooks = [module.get_submodule(name).register_forward_hook(watch(held)) for name, held in found.items()]
+    try:
+        with still(module):
+            for inputs in calibration(task, limit) if names else ():
+                module(*inputs)
+                seen += batch_size(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def principal(weight: Tensor, found: Answers, rank: int, *, biased: bool) -> tuple[Chain, Tensor]:
+    """The pair (rank, in, ...) and (out, rank, 1 ...) whose outputs are nearest, and what to add to the bias (out,).
+
+    The exact optimum, a projection on the outputs' principal directions (Zhang et al. 2016, section 3.1). Moments of
+    the inputs, k^4 times as large for a k x k kernel, are not needed. Directions without signal count as in the weight
+    (`lift`): in that part the plain SVD is best, so that it can never be better on the data.
+    """
+    outputs, *rest = weight.shape
+    flat = weight.double().flatten(1)
+    yy = found.moments.centred().xx if biased else found.moments.xx
+    lift = RIDGE * found.power * found.moments.count
+    out = eigen(yy + (lift if lift > 0 else 1.0) * flat @ flat.T)[1][:, :rank]
+    chain = [(out.T @ flat).reshape(rank, *rest), out.reshape(outputs, rank, *[1] * (len(rest) - 1))]
+    mean = found.moments.x / found.moments.count
+    return evened(chain), mean - out @ (out.T @ mean)
+
+
+def pair(goal: Goal, rank: int) -> Chain:
+    """The same optimum from moments of the inputs, smaller where a layer has more outputs than inputs."""
     outputs, *rest = goal.shape
-    if outputs <= goal.weight.shape[1]:
-        seen = goal.weight @ goal.xx @ goal.weight.T + goal.lift * goal.weight @ goal.weight.T
-        (out,) = spectra.remember("outputs", seen, lambda: (eigen(seen)[1],))
-        first, second = out[:, :rank].T @ goal.weight, out[:, :rank]
-    else:
-        lower = goal.white(goal.xx)
-        mapped = goal.weight @ lower
-        (side,) = spectra.remember("whitened", mapped, lambda: (eigen(mapped.T @ mapped)[1],))
-        first, second = _unwhite(side[:, :rank].T, lower), mapped @ side[:, :rank]
-    return evened([first.reshape(rank, *rest), second.reshape(outputs, rank, *[1] * (len(rest) - 1))])
+    lower = goal.white(goal.xx)
+    mapped = goal.weight @ lower
+    side = eigen(mapped.T @ mapped)[1][:, :rank]
+    second = (mapped @ side).reshape(outputs, rank, *[1] * (len(rest) - 1))
+    return evened([_unwhite(side.T, lower).reshape(rank, *rest), second])
 
 
-def spatial(goal: Goal, rank: int, spectra: Spectra = SPECTRA) -> Chain:
+def spatial(goal: Goal, rank: int) -> Chain:
     """kh x 1 by whitened SVD (columns as if independent), then 1 x kw by least squares on what comes through."""
     _, inputs, high, wide = goal.shape
     moment = goal.xx.reshape(inputs * high, wide, inputs * high, wide)
@@ -80,7 +145,7 @@ def spatial(goal: Goal, rank: int, spectra: Spectra = SPECTRA) -> Chain:
     mapped = unfolded(goal.weight.reshape(goal.shape)) @ lower
     rows_first = mapped.shape[0] <= mapped.shape[1]
     gram = mapped @ mapped.T if rows_first else mapped.T @ mapped
-    (side,) = spectra.remember("spatial", mapped, lambda: (eigen(gram)[1],))
+    side = eigen(gram)[1]
     if rows_first:
         second = side[:, :rank]
         first = _unwhite(second.T @ mapped, lower)
@@ -101,14 +166,14 @@ def across(goal: Goal, chain: Chain) -> Chain:
     return evened([chain[0].double(), fitted.reshape(outputs, rank, 1, wide)])
 
 
-def tucker(goal: Goal, inner: int, rank: int, spectra: Spectra = SPECTRA) -> Chain:
+def tucker(goal: Goal, inner: int, rank: int) -> Chain:
     """1x1 by whitened Tucker-2 (positions as if independent), then core and last 1x1 by reduced-rank regression."""
     _, inputs, *kernel = goal.shape
     area = kernel[0] * kernel[1]
     moment = goal.xx.reshape(inputs, area, inputs, area)
     lower = goal.white(moment.diagonal(dim1=1, dim2=3).sum(-1))
     weight = torch.einsum("oihw,ij->ojhw", goal.weight.reshape(goal.shape), lower)
-    into, _ = spectra.remember(f"tucker {inner} {rank}", weight, lambda: orthogonal_sides(weight, inner, rank))
+    into, _ = orthogonal_sides(weight, inner, rank)
     prior = torch.einsum("ojhw,jr->orhw", weight, into)
     return regressed(goal, _unwhite(into.T, lower), prior, rank)
 
@@ -129,10 +194,9 @@ def regressed(goal: Goal, first: Tensor, prior: Tensor, rank: int) -> Chain:
     return evened([first[:, :, None, None], core, out[:, :, None, None]])
 
 
-def better(goal: Goal, plain: Chain, fit: Callable[[], Chain]) -> Chain:
-    """What `fit` gives, unless that serves the calibration data worse than `plain` does."""
-    fitted = fit()
-    return fitted if goal.error(fitted) <= goal.error(plain) else plain
+def better(goal: Goal, one: Chain, other: Chain) -> Chain:
+    """The chain that serves the calibration data better, the first where they are equal."""
+    return one if goal.error(one) <= goal.error(other) else other
 
 
 def _unwhite(first: Tensor, lower: Tensor) -> Tensor:
