@@ -184,10 +184,10 @@ def test_weights_that_are_no_safetensors_are_a_clear_error(tmp_path: Path):
         found.weights()
 
 
-def test_infer_runs_alone_in_ten_lines(tmp_path: Path):
+def test_infer_runs_alone_in_a_page(tmp_path: Path):
     made(tmp_path / "a")
     script = tmp_path / "a" / "infer.py"
-    assert len(script.read_text().splitlines()) <= 10
+    assert len(script.read_text().splitlines()) <= 25
     np.save(tmp_path / "x.npy", np.array([[[[0.0, 0.0], [5.0, 0.0]]], [[[0.0, 3.0], [0.0, 0.0]]]], dtype=np.float64))
 
     def run(*arguments: str) -> list[str]:
@@ -198,6 +198,43 @@ def test_infer_runs_alone_in_ten_lines(tmp_path: Path):
 
     assert run(str(tmp_path / "x.npy")) == ["two", "one"]
     assert run()[0] in ("zero", "one", "two")
+
+
+def two_and_two() -> bytes:
+    """`total = ids + mask` and `most = max(total)` of two int64 inputs (N, 3)."""
+    three = [helper.make_tensor_value_info(name, TensorProto.INT64, ["N", 3]) for name in ("ids", "mask", "total")]
+    most = helper.make_tensor_value_info("most", TensorProto.INT64, ["N", 1])
+    nodes = [
+        helper.make_node("Add", ["ids", "mask"], ["total"]),
+        helper.make_node("ReduceMax", ["total"], ["most"], axes=[1]),
+    ]
+    graph = helper.make_graph(nodes, "two", three[:2], [three[2], most])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    return model.SerializeToString()
+
+
+def test_infer_feeds_several_inputs_by_name_and_prints_what_is_no_class(tmp_path: Path):
+    other = InputSpec(name="mask", shape=(3,), dtype="int64", layout="")
+    spec = InputSpec(name="ids", shape=(3,), dtype="int64", layout="", labels=("a", "b", "c"), others=(other,))
+    proof = manifest().model_copy(update={"input": spec})
+    found = write(tmp_path / "a", model=two_and_two(), weights={}, policy=POLICY, manifest=proof)
+    assert read(found.folder).manifest.input == spec
+    np.savez(tmp_path / "x.npz", ids=np.array([[4.0, 5.0, 6.0]]), mask=np.array([1, 0, 0]))
+    np.save(tmp_path / "x.npy", np.zeros((1, 3)))
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        script = str(found.folder / "infer.py")
+        return subprocess.run(
+            [sys.executable, "-I", script, *arguments], check=False, capture_output=True, text=True, cwd="/"
+        )
+
+    lines = run(str(tmp_path / "x.npz")).stdout.splitlines()
+    assert lines == ["total", "(1, 3)", "[[5 5 6]]", "most", "(1, 1)", "[[6]]"]
+    assert "[[2 2 2]]" in run().stdout
+    alone = run(str(tmp_path / "x.npy"))
+    assert alone.returncode == 1
+    assert "no array 'mask'; give an .npz with arrays named ids, mask" in alone.stderr
 
 
 # --- policies --------------------------------------------------------------------------------------------------------

@@ -367,6 +367,31 @@ def test_the_batch_of_the_profile_is_used(files: dict[str, Path]) -> None:
     assert found[1] > 4 * found[0]
 
 
+def test_every_input_is_fed_tokens_among_them(device: LocalDevice, tmp_path: Path) -> None:
+    """Rows 0 and 1 of a table of two words, gathered by token ids, where a mask says so, plus an image."""
+    inputs = [
+        helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", 5]),
+        helper.make_tensor_value_info("mask", TensorProto.BOOL, ["batch", 5, 1]),
+        helper.make_tensor_value_info("image", TensorProto.FLOAT16, ["batch", 1, 4]),
+    ]
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["words"]),
+        helper.make_node("Where", ["mask", "words", "zero"], ["kept"]),
+        helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["kept", "pixels"], ["out"]),
+    ]
+    table, zero = np.ones((2, 4), np.float32), np.zeros(1, np.float32)
+    constants = [numpy_helper.from_array(table, "table"), numpy_helper.from_array(zero, "zero")]
+    outputs = [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["batch", 5, 4])]
+    graph = helper.make_graph(nodes, "words", inputs, outputs, constants)
+    path = tmp_path / "words.onnx"
+    path.write_bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString()
+    )
+    samples = device.time([path], rounds=2, seconds=5)
+    assert min(samples.times_ms[str(path)]) > 0
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity here")
 def test_the_child_stays_on_its_cores(device: LocalDevice, files: dict[str, Path]) -> None:
     last = max(os.sched_getaffinity(0))
