@@ -94,6 +94,8 @@ def make_builder(
     found = registry.resolve("builder", name, trusted=trusted)
     if isinstance(found, nn.Module):
         return Foreign.of(found, spec)
+    if isinstance(found, functools.partial) and isinstance(found.func, type):  # a source that is a builder: nni
+        return registry.genuine("builder", name, found(options, spec))
     if isinstance(found, type) and all(hasattr(found, member) for member in ("build", "sites", "inherit")):
         _check_options("model.options", f"builder {name!r}", found, options)
         return registry.genuine("builder", name, registry.call("builder", name, functools.partial(found, **options)))

@@ -15,7 +15,7 @@ from autocompress.models.attention import unfold
 from autocompress.models.residual import blocks
 from autocompress.models.trace import examples, sites, still
 from autocompress.tasks import InputSpec, several
-from autocompress.types import Arch, Choice, Site, UserError
+from autocompress.types import Arch, Choice, Site, TrialFailure, UserError
 
 SMALLER = (0.875, 0.75, 0.625, 0.5)  # of the image's side: choices of resolution
 
@@ -71,7 +71,7 @@ class Foreign:
             raise UserError(f"builder {self.name}: unknown knob {unknown[0]!r}; it has {known}")
         try:
             module = self.make()
-        except UserError:
+        except (UserError, TrialFailure):
             raise
         except Exception as error:  # a stranger's function may raise anything
             raise UserError(f"model {self.name}: cannot be made: {type(error).__name__}: {_line(error)}") from error
