@@ -8,6 +8,7 @@ from torch import nn
 
 from autocompress import export
 from autocompress.models.attention import Attention, own_names, unfold
+from autocompress.models.trace import count
 from autocompress.tasks import InputSpec
 
 N, L, S, WIDTH = 3, 5, 7, 16
@@ -189,6 +190,13 @@ def test_hooks_and_modes_come_along():
     module[0](*(one.transpose(0, 1) for one in inputs()))
     assert seen == ["before", "after"]
     assert not module[0].training
+
+
+def test_its_products_are_counted():
+    module = unfold(Holder())
+    macs, parameters = count(module, inputs()[0])
+    assert parameters == 4 * WIDTH * (WIDTH + 1) + 3 * (WIDTH + 1)
+    assert macs == L * (4 * WIDTH * WIDTH + 2 * L * WIDTH + 3 * WIDTH)
 
 
 def test_what_computes_otherwise_is_left_as_it_is():

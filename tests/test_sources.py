@@ -136,7 +136,8 @@ def test_nothing_is_downloaded_unless_asked_for(monkeypatch):
 
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
     monkeypatch.setattr("socket.socket.connect", refuse)
-    for name in ("torchvision:resnet18", "timm:resnet18", "hf:bert"):
+    named = ("resnet18", "googlenet", "lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large")
+    for name in (*(f"torchvision:{one}" for one in named), "timm:resnet18", "hf:bert"):
         assert isinstance(make_builder(name, IMAGE, WORDS if name == "hf:bert" else {}).build({}), nn.Module)
 
 

@@ -8,8 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
 SPLIT = {"q": 0, "k": 1, "v": 2}  # rows of `in_proj_weight`, in thirds
+
+
+FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+if FUSED not in flop_registry:  # torch (up to 2.13) counts the products of attention on accelerators alone
+
+    @register_flop_formula(FUSED)
+    def _flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
 
 
 class Attention(nn.Module):

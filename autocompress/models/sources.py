@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +26,12 @@ def torchvision(name: str, **options: Any) -> nn.Module:
     models = import_torchvision().models
     if name not in (known := models.list_models()):
         raise UserError(f"torchvision has no network {name!r}; {suggest(name, known)}")
-    return models.get_model(name, **{"weights": None, **options})
+    taken = inspect.signature(models.get_model_builder(name)).parameters
+    untrained = {key: None for key in ("weights", "weights_backbone") if key in taken}
+    with warnings.catch_warnings():
+        # GoogLeNet and Inception announce another initialisation than the one they are made with
+        warnings.filterwarnings("ignore", "The default weight initialization of", FutureWarning)
+        return models.get_model(name, **{**untrained, **options})
 
 
 def timm(name: str, **options: Any) -> nn.Module:
@@ -54,8 +61,9 @@ def hugging_face(where: str, **options: Any) -> nn.Module:
         if getattr(config, "use_cache", False):
             config.use_cache = False  # a classifier keeps nothing from word to word
         kind = _kind(library, where, config)
-        if Path(where).is_dir() and _has_weights(Path(where)):
-            return _loaded(kind, where, config)
+        folder = Path(where).expanduser()
+        if folder.is_dir() and _has_weights(folder):
+            return _loaded(kind, folder, config)
         return kind.from_config(config, attn_implementation="eager", trust_remote_code=False)
 
 
@@ -110,11 +118,11 @@ def _has_weights(folder: Path) -> bool:
     return any(next(folder.glob(name), None) for name in ("model*.safetensors", "pytorch_model*.bin"))
 
 
-def _loaded(kind: Any, where: str, config: Any) -> nn.Module:
+def _loaded(kind: Any, folder: Path, config: Any) -> nn.Module:
     """The folder's weights; a head or pooler that they lack keeps its random numbers, to be trained."""
     try:
         module, found = kind.from_pretrained(
-            where,
+            str(folder),
             config=config,
             local_files_only=True,
             trust_remote_code=False,
@@ -123,11 +131,11 @@ def _loaded(kind: Any, where: str, config: Any) -> nn.Module:
             dtype=torch.float32,
         )
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"model 'hf:{where}': its weights cannot be loaded: {_line(error)}") from error
+        raise UserError(f"model 'hf:{folder}': its weights cannot be loaded: {_line(error)}") from error
     body = f"{module.base_model_prefix}."
     missing = [name for name in sorted(found["missing_keys"]) if name.startswith(body) and ".pooler." not in name]
     if missing:
-        raise UserError(f"model 'hf:{where}': the weights of {missing[0]} and {len(missing) - 1} more are missing")
+        raise UserError(f"model 'hf:{folder}': the weights of {missing[0]} and {len(missing) - 1} more are missing")
     return module
 
 
