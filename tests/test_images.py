@@ -374,6 +374,9 @@ def test_top_five_counts_the_first_five(tmp_path: Path):
     [
         ({"path": "nowhere.npz"}, r"data\.path: there is no file or folder .*nowhere\.npz"),
         ({"path": None}, "needs either `path` or `dataset`"),
+        ({"path": 3}, r"data\.path: 3 is no path"),
+        ({"path": "~nobody-at-all/x.npz"}, r"data\.path: .*home"),
+        ({"path": None, "dataset": "FakeData", "options": [1]}, r"data\.options: \[1\] is no mapping"),
         ({"augment": "flop"}, r"data\.augment: 'flop'; did you mean 'flip'"),
         ({"metric": "top1"}, r"data\.metric: 'top1'"),
         ({"size": -3}, r"data\.size: -3"),

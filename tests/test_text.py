@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from autocompress import export
-from autocompress.parts import make_builder, make_task
+from autocompress.parts import make_builder, make_ops, make_task
+from autocompress.pipeline import Work, qualities, release, shape, training
 from autocompress.tasks import several
 from autocompress.tasks.tables import read_table
 from autocompress.tasks.text import Text
 from autocompress.tasks.tokens import open_tokenizer, train_tokenizer
 from autocompress.testing import check_task
 from autocompress.train import Training
-from autocompress.types import UserError
+from autocompress.types import Candidate, Policy, Profile, Rule, UserError
 
 GOOD, BAD = ("good", "fine", "lovely", "great"), ("bad", "poor", "awful", "dull")
 THINGS = ("film", "song", "meal", "book", "play", "day")
@@ -120,18 +121,24 @@ def test_labels_may_be_words(tmp_path: Path, data: Path):
     assert ordered.input.labels == ("positive", "negative")
 
 
-def test_a_tiny_bert_learns_and_its_file_agrees(data: Path):
+@pytest.fixture(scope="module")
+def trained(data: Path):
+    """Task, builder and a BERT that has learned it, from names alone as a job gives them."""
     options = {"path": str(data), "tokenizer": str(data / "tokenizer.json"), "length": 12}
     task = make_task("text", options | {"training": {"lr": 2e-3, "batch": 32}})
     words = open_tokenizer(data / "tokenizer.json").get_vocab_size()
     size = {**TINY, "vocab_size": words, "max_position_embeddings": 12, "num_labels": 2}
     torch.manual_seed(0)
-    module = make_builder("hf:bert", task.input, size).build({})
-    training = Training(module, task, 14, 0)
-    assert isinstance(training.optimizer, torch.optim.AdamW)
-    assert (training.lr, training.batch, training.recipe.decay) == (2e-3, 32, 0.01)
-    training.run_to(1.0)
-    module.eval()
+    builder = make_builder("hf:bert", task.input, size)
+    run = Training(builder.build({}), task, 14, 0)
+    assert isinstance(run.optimizer, torch.optim.AdamW)
+    assert (run.lr, run.batch, run.recipe.decay) == (2e-3, 32, 0.01)
+    run.run_to(1.0)
+    return task, builder, run.module.eval()
+
+
+def test_a_tiny_bert_learns_and_its_file_agrees(trained):
+    task, _, module = trained
     exported = export.export(module, task.input, opset=17)
     inputs, _ = next(task.batches("calibration", 16))
     export.parity(module, export.compose(exported), *(one.numpy() for one in several(inputs)))
@@ -139,6 +146,32 @@ def test_a_tiny_bert_learns_and_its_file_agrees(data: Path):
     assert quality.samples == 60
     assert quality.value.value > 0.9
     assert quality.value.low <= quality.value.value <= quality.value.high
+
+
+def test_with_half_its_heads_and_in_int8_it_still_answers(trained):
+    task, builder, module = trained
+    asked = (("prune", {"ratio": 0.5}), ("quantize", {"bits": "int8"}))
+    rules = [
+        Rule(site=site.name, op=op, settings=settings)
+        for op, settings in asked
+        for site in builder.sites()
+        if op in site.ops
+    ]
+    work = Work(
+        builder=builder,
+        task=task,
+        ops=dict(make_ops(("prune", "quantize"))),
+        parent=module,
+        profiles=(Profile(name="p"),),
+        epochs=4.0,
+    )
+    candidate = Candidate(arch={}, policy=Policy(rules=tuple(rules)))
+    shaped = shape(work, candidate)
+    assert all(entry.status == "done" for receipt in shaped.receipts for entry in receipt.entries)
+    training(work, shaped, candidate.policy, seed=0).run_to(1.0)
+    releases = release(work, shaped.module, candidate.policy)
+    assert b"QuantizeLinear" in releases["u8s8-pc-minmax"].model
+    assert qualities(work, releases, "selection")["p"].value.value > 0.85
 
 
 def test_a_network_of_ones_own_may_go_without_a_mask(data: Path):
@@ -156,6 +189,9 @@ def test_a_network_of_ones_own_may_go_without_a_mask(data: Path):
     ("options", "says"),
     [
         ({"tokenizer": None}, r"data\.tokenizer: task text needs a tokenizer file; make one .*train_tokenizer"),
+        ({"path": None}, r"data: task text needs `path`"),
+        ({"path": ["a.tsv"]}, r"data\.path: \['a\.tsv'\] is no path"),
+        ({"labels": "01"}, r"data\.labels: '01' is no list"),
         ({"tokenizer": "no.json"}, r"data\.tokenizer: there is no file .*no\.json; make one"),
         ({"tokenizer": "train.tsv"}, r"data\.tokenizer: .*train\.tsv is no tokenizer\.json or vocab\.txt"),
         ({"path": "nowhere"}, r"data\.path: there is no file or folder .*nowhere"),

@@ -19,7 +19,7 @@ from autocompress.tasks.arrays import idx, is_idx, npz
 from autocompress.tasks.files import data_set, folders
 from autocompress.tasks.frame import Frame, mirrored, shifted
 from autocompress.tasks.intervals import wilson
-from autocompress.tasks.pictures import Pictures
+from autocompress.tasks.pictures import Pictures, as_path
 from autocompress.tasks.recipe import Recipe
 from autocompress.tasks.splits import Cut, classes_of, cut, whole
 from autocompress.types import Quality, UserError
@@ -79,7 +79,9 @@ class Images:
     ) -> None:
         """Raises UserError naming the file and the key for whatever cannot be used; decodes no image but the first."""
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        file, folder = Path(path or ".").expanduser().absolute(), Path(root).expanduser().absolute()
+        if (path is None) == (dataset is None):
+            raise UserError("data: task images needs either `path` or `dataset` (with `root`)")
+        file, folder = as_path("." if path is None else path, "path"), as_path(root, "root")
         # what a worker process makes the task again from
         self._given = {**given, "path": None if path is None else file, "root": folder, "download": False}
         if augment not in AUGMENT:
@@ -93,9 +95,9 @@ class Images:
         self.metric, self.augment, self.smoothing = metric, augment, float(smoothing)
         self.training = Recipe.of(training, "data")
         reading = {"channels": channels or 3, "fixed": size is None, "skip_broken": skip_broken}
-        if (path is None) == (dataset is None):
-            raise UserError("data: task images needs either `path` or `dataset` (with `root`)")
         if dataset is not None:
+            if not isinstance(options or {}, Mapping):
+                raise UserError(f"data.options: {options!r} is no mapping of arguments of {dataset}")
             self._pictures: Pictures = data_set(dataset, folder, options or {}, download=download, **reading)
         else:
             self._pictures = _at(file, reading)

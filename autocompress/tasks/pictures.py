@@ -6,6 +6,7 @@ Parts are `train` and perhaps `val` and `test`. Nothing is held that a worker pr
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -71,6 +72,16 @@ def as_labels(found: Any, what: str) -> Indices:
             f"{what}: {labels.dtype} of shape {labels.shape}; needed is one whole number per image, counted from 0"
         )
     return labels.astype(np.int64)
+
+
+def as_path(given: Any, key: str) -> Path:
+    """A path from a job, absolute: workers may run elsewhere. Raises UserError naming the key for what is none."""
+    if not isinstance(given, str | Path) or not str(given):
+        raise UserError(f"data.{key}: {given!r} is no path")
+    try:
+        return Path(given).expanduser().absolute()
+    except RuntimeError as error:  # the home folder of nobody
+        raise UserError(f"data.{key}: {given}: {error}") from error
 
 
 def line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from autocompress.tasks import InputSpec, Predict, several
 from autocompress.tasks.intervals import wilson
+from autocompress.tasks.pictures import as_path
 from autocompress.tasks.recipe import Recipe
 from autocompress.tasks.splits import Cut, classes_of, cut, whole
 from autocompress.tasks.tables import in_order, numbers, read_table, tables
@@ -46,7 +47,7 @@ class Text:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | None = None,
         tokenizer: str | Path | None = None,
         *,
         length: int = 64,
@@ -65,10 +66,12 @@ class Text:
     ) -> None:
         """Raises UserError naming the file, its line and the key for whatever cannot be used."""
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        folder = Path(path).expanduser().absolute()
+        if path is None:
+            raise UserError("data: task text needs `path`: a folder with train.tsv (or .csv), or one such file")
+        folder = as_path(path, "path")
         if tokenizer is None:
             raise UserError(f"data.tokenizer: task text needs a tokenizer file; {MAKE_ONE}")
-        file = Path(tokenizer).expanduser().absolute()
+        file = as_path(tokenizer, "tokenizer")
         self._given = {**given, "path": folder, "tokenizer": file}  # what a worker makes the task again from
         if not whole(length) or length < SHORTEST:
             raise UserError(f"data.length: {length!r} is no number of tokens from {SHORTEST} on")
@@ -81,6 +84,8 @@ class Text:
         self._pad = next((at for one in PADS if (at := self._words.token_to_id(one)) is not None), 0)
         found = {part: read_table(one, sentence, label) for part, one in tables(folder).items()}
         self._sentences = {part: table.sentences for part, table in found.items()}
+        if labels is not None and not isinstance(labels, list | tuple):
+            raise UserError(f"data.labels: {labels!r} is no list of names")
         names = tuple(map(str, labels)) if labels is not None else in_order(found["train"].labels)
         self._labels = {part: numbers(table, names) for part, table in found.items()}
         names = classes_of(self._labels, names, str(folder))
