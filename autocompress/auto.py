@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autocompress import registry, spacefile
-from autocompress.load import SpaceFile, holder
+from autocompress.load import SpaceFile, among, holder
 from autocompress.types import Choice, Gene, Site, Space
 
 if TYPE_CHECKING:
@@ -38,7 +38,12 @@ Places = dict[str, tuple[Site, ...]]
 
 def file(builder: Builder, task: Task, *, multiple: int = 1) -> SpaceFile:
     """The derived space as its YAML file writes it."""
-    return spacefile.of(space(builder, task, multiple=multiple), builder.name, ABOUT)
+    return written(space(builder, task, multiple=multiple), builder)
+
+
+def written(derived: Space, builder: Builder) -> SpaceFile:
+    """A derived space, or what the probe left of it, as a file for this network."""
+    return spacefile.of(derived, builder.name, ABOUT, sites=builder.sites())
 
 
 def space(builder: Builder, task: Task, *, multiple: int = 1) -> Space:  # noqa: ARG001  a task has no say as yet
@@ -80,7 +85,7 @@ def reduce(full: Space, gone: Collection[tuple[str, Choice]]) -> Space:
         choices = (first, *(c for c in others if (gene.name, isinstance(c, bool), c) not in lost))
         when: dict[str, Choices] | None = {}
         for key, allowed in gene.when.items():
-            held = tuple(c for c in (left[key].choices if key in left else (fixed[key],)) if _among(c, allowed))
+            held = among(left[key].choices if key in left else (fixed[key],), allowed)
             if not held:
                 when = None
                 break
@@ -216,8 +221,7 @@ _ALL: dict[str, Choices] = {
 
 def _offered(site: Site, op: str, choices: Choices) -> Choices:
     """Of `choices` those that the site allows, the first in any case."""
-    allowed = site.choices.get(op, choices)
-    return (choices[0], *(choice for choice in choices[1:] if _among(choice, allowed)))
+    return (choices[0], *among(choices[1:], site.choices.get(op, choices)))
 
 
 def distinct(channels: int, ratios: tuple[float, ...], multiple: int) -> tuple[float, ...]:
@@ -253,7 +257,7 @@ def _when(path: str, op: str, sites: tuple[Site, ...], genes: Mapping[str, Gene]
         asked.append((other, ("keep",)))
     when: dict[str, Choices] = {}
     for key, values in asked:
-        held = tuple(choice for choice in genes[key].choices if _among(choice, values))
+        held = among(genes[key].choices, values)
         if not held:
             return None
         if len(held) < len(genes[key].choices):
@@ -301,7 +305,3 @@ def coarser(places: Places) -> Places:
         path if len(held) > 1 else held[0]: tuple(site for place in held for site in places[place])
         for path, held in found.items()
     }
-
-
-def _among(choice: Choice, choices: Iterable[Choice]) -> bool:
-    return any(isinstance(choice, bool) == isinstance(one, bool) and choice == one for one in choices)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from autocompress import auto
 from autocompress.devices.cores import plan_cores
 from autocompress.journal import began
 from autocompress.models.trace import examples, thop_count
@@ -95,7 +96,8 @@ def estimate(job: Job, made: Parts | None = None) -> Estimate:
     one = STATION_S * len(made.profiles)
     pace = max((trial_s - one) / workers + (one if plan.quiet else 0.0), trial_s / workers, one)
     trials = max(1, min(cost.trials, int(cost.minutes * 60 / pace)))
-    minutes = (START_S + parent_s + trials * pace + FINALS_S) / 60
+    probe_s = job.search.probe if job.space == auto.NAME else 0.0
+    minutes = (START_S + parent_s + probe_s + trials * pace + FINALS_S) / 60
     disk = 1.0 + parameters * 4 / 1e6 * (2 + trials * 2 * CHILD)
     return Estimate(
         job=f"{job.task} · {job.model.builder} · {job.search.searcher}",

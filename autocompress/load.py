@@ -286,7 +286,8 @@ class _Draft:
         for glob in row.sites:
             if glob == ".":
                 root = [site for site in self.sites if site.name == "." and row.op in site.ops]
-                if not root and op.phase != "train":
+                whole = op.phase == "train" or row.param in getattr(op, "network_params", ())
+                if not root and not whole:
                     raise UserError(f"sites: op {row.op!r} acts on single sites; write `sites: '*'` for all of them")
                 picked["."] = root[0] if root else Site(name=".", kind="network", ops=(row.op,))
                 continue
@@ -363,6 +364,11 @@ def holder(path: str, sites: Iterable[Site], op: str) -> Site | None:
     shared = [key for key in members[0].when if all(key in member.when for member in members)]
     when = {key: _union(member.when[key] for member in members) for key in shared}
     return Site(name=path, kind="module", ops=(op,), when=when, depth=members[0].depth)
+
+
+def among(choices: Choices, allowed: Choices) -> Choices:
+    """Those of `choices` that are allowed; true is not 1."""
+    return tuple(choice for choice in choices if _among(choice, allowed))
 
 
 def _union(sets: Iterable[Choices]) -> Choices:

@@ -313,16 +313,18 @@ def release(
     """
     exported = replace(export_float(work, module), learned=learned or {})
     task: Task = FirstLook(work.task) if first_look else work.task
-    releases: dict[str, Release] = {}
-    for variant, profile in work.variants.items():
-        parts, receipts = exported, []
-        for name, op, rules in ordered(policy, work.ops, "numeric"):
-            receipt = op.decide(parts, rules, task, profile)
-            parts = op.enact(parts, receipt)
-            receipts.append(receipt.model_copy(update={"op": name}))
-        model = exporting.compose(parts)
-        releases[variant] = Release(model, exporting.graph_hash(model, weights=False), tuple(receipts))
-    return releases
+    return {variant: finish(work, exported, policy, profile, task) for variant, profile in work.variants.items()}
+
+
+def finish(work: Work, exported: exporting.Exported, policy: Policy, profile: Profile, task: Task) -> Release:
+    """One variant's file: numeric ops decided and enacted on the parts, these composed."""
+    parts, receipts = exported, []
+    for name, op, rules in ordered(policy, work.ops, "numeric"):
+        receipt = op.decide(parts, rules, task, profile)
+        parts = op.enact(parts, receipt)
+        receipts.append(receipt.model_copy(update={"op": name}))
+    model = exporting.compose(parts)
+    return Release(model, exporting.graph_hash(model, weights=False), tuple(receipts))
 
 
 def rerelease(work: Work, module: nn.Module, receipts: Sequence[Receipt]) -> Release:

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from autocompress import auto, live, pareto, ray_tune, reader, report, summary
+from autocompress import auto, live, pareto, ray_tune, reader, report, spacefile, summary
 from autocompress.artifact import versions
 from autocompress.controller import Controller, Header, header, run_serial
 from autocompress.devices.cores import CorePlan, keep_to, plan_cores
@@ -25,6 +25,7 @@ from autocompress.devices.gate import Gate
 from autocompress.devices.station import Station
 from autocompress.finals import FINALISTS, Finals
 from autocompress.journal import Event, Journal, began
+from autocompress.journal import read as read_journal
 from autocompress.models import Builder
 from autocompress.parent import (
     WEIGHTS,
@@ -36,6 +37,7 @@ from autocompress.parent import (
 from autocompress.parts import Parts, make_ops, make_searcher, parts
 from autocompress.pipeline import Checkpoint, Evaluator, Files, Measure, OpenGate, Work, load_weights
 from autocompress.pipeline import Gate as WorkGate
+from autocompress.probe import probe
 from autocompress.store import Store, make_folder, write_atomic
 from autocompress.summary import Arm, Finding, Summary
 from autocompress.tasks import Task
@@ -111,7 +113,12 @@ def run(
     if task is not None or builder is not None or not _same_parent(out / "job.json", job):
         (out / "baseline" / WEIGHTS).unlink(missing_ok=True)  # of a start that another job made and gave up
     write_atomic(out / "job.json", job.model_dump_json(indent=1).encode())
-    return _Run(made, out, address, serial, console or Console()).go()
+    return _Run(made, out, address, serial, console or Console(), derived=_is_derived(job, space)).go()
+
+
+def _is_derived(job: Job, given: Space | None) -> bool:
+    """Whether the space is made from the network, so that it is probed, and written for the user to edit."""
+    return given is None and job.space == auto.NAME
 
 
 def _same_parent(path: Path, job: Job) -> bool:
@@ -120,7 +127,7 @@ def _same_parent(path: Path, job: Job) -> bool:
         old = Job.model_validate_json(path.read_bytes())
     except (OSError, ValueError):
         return False
-    same = (old.task, old.model, old.search.seed) == (job.task, job.model, job.search.seed)
+    same = (old.task, old.data, old.model, old.search.seed) == (job.task, job.data, job.model, job.search.seed)
     return same and job.model.weights is None
 
 
@@ -150,12 +157,16 @@ def resume(
         raise UserError(f"{path}: is no JSON ({error}); start a new run") from error
     job = reader.fill(written, Job, str(path))
     job = job.model_copy(update={"out": str(out)})
+    derived = _is_derived(job, space)
+    if derived and began(out / "journal.jsonl"):  # what the probe left is in the journal, not derived again
+        event = read_journal(out / "journal.jsonl").events[0]
+        space = reader.fill(event.get("space"), Space, f"{out / 'journal.jsonl'}, line 1: space")
     made = parts(job, task=task, builder=builder, space=space)
     spent = {name: value for name, value in (("trials", trials), ("minutes", minutes)) if value is not None}
     if not began(out / "journal.jsonl"):  # it was killed before the first trial
         plan = job.search.model_copy(update={"cost": job.search.cost.model_copy(update=spent)})
         made = parts(job.model_copy(update={"search": plan}), task=made.task, builder=made.builder, space=made.space)
-    return _Run(made, out, address, serial, console or Console(), spent).go()
+    return _Run(made, out, address, serial, console or Console(), spent, derived=derived).go()
 
 
 def search(
@@ -247,6 +258,7 @@ class _Run:
     console: Console
     spent: Mapping[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    derived: bool = False  # the space is made from the network
 
     def go(self) -> Summary:
         progress = live.Progress(
@@ -314,6 +326,8 @@ class _Run:
         if journal is None:
             self.live.stage("measuring the baseline")
             baseline = measure_baseline(self.parts, work, station, self.out / "baseline", key)
+            if self.derived:
+                baseline = self.derive(baseline, work)
             first = Header(
                 space=self.parts.space,
                 goals=self.parts.goals,
@@ -329,6 +343,28 @@ class _Run:
         control = next((e for e in journal.events() if e["number"] == 0 and e["state"] == State.DONE.value), None)
         outcome = Outcome.model_validate(control["outcome"]) if control else Outcome(readings=known.facts.baseline)
         return Baseline(known.facts, known.limit, outcome, key), journal
+
+    def derive(self, baseline: Baseline, work: Work) -> Baseline:
+        """Probe the derived space, go on with what is left of it, and write that for the user to edit."""
+        seconds = self.parts.job.search.probe
+        if seconds > 0:
+            with self.stage("probe"):
+                found = probe(
+                    work,
+                    self.parts.space,
+                    baseline.facts,
+                    self.parts.budgets,
+                    seconds=seconds,
+                    folder=self.out,
+                    say=self.live.stage,
+                )
+            self.live.note(str(found))
+            self.parts = replace(self.parts, space=found.space)
+            self.live.progress.space = found.space
+            baseline = replace(baseline, facts=baseline.facts.model_copy(update={"probe": found.probed}))
+        file = auto.written(self.parts.space, self.parts.builder)
+        write_atomic(self.out / "space.yaml", spacefile.text(file).encode())
+        return baseline
 
     def check_same(self, known: Header) -> None:
         """A resumed run must be of the same network; another host is said, since its readings do not compare."""

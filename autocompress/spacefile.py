@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import yaml
 
 from autocompress import reader
-from autocompress.load import Knob, Row, SpaceFile
-from autocompress.types import Choice, Gene, Space
+from autocompress.load import Knob, Row, SpaceFile, among, holder
+from autocompress.types import Choice, Gene, Site, Space
 
 
-def of(space: Space, builder: str, about: str = "") -> SpaceFile:
+def of(space: Space, builder: str, about: str = "", *, sites: Sequence[Site] = ()) -> SpaceFile:
     """The file of a space: an arch row per knob, a policy row per run of genes that ask the same at several sites.
 
-    Read again for the same network it gives equal genes in the same order, as long as arch genes come first.
+    Read again for the same network it gives equal genes in the same order, as long as arch genes come first. With the
+    network's `sites`, conditions that these bring along are left out.
     """
+    knobs = {gene.name: gene.choices for gene in space.genes if gene.kind == "arch"}
+
+    def question(gene: Gene) -> _Question:
+        place = next((site for site in sites if site.name == gene.site), None) or holder(gene.site, sites, gene.op)
+        brought = {key: among(knobs.get(key, ()), values) for key, values in (place.when if place else {}).items()}
+        return _question(gene, {key: values for key, values in gene.when.items() if brought.get(key) != values})
+
     arch = {gene.name: Knob(choices=gene.choices, when=gene.when) for gene in space.genes if gene.kind == "arch"}
     rows: list[Row] = []
-    for question, run in groupby((gene for gene in space.genes if gene.kind == "policy"), key=_question):
-        op, param, choices, when = question
-        sites = tuple(gene.site for gene in run)
+    for (op, param, choices, when), run in groupby((g for g in space.genes if g.kind == "policy"), key=question):
+        places = tuple(gene.site for gene in run)
         values = {key: tuple(value for _, value in found) for key, found in when}
-        rows.append(Row(sites=sites, op=op, param=param, choices=tuple(c for _, c in choices), when=values))
+        rows.append(Row(sites=places, op=op, param=param, choices=tuple(c for _, c in choices), when=values))
     return SpaceFile(name=space.name, about=about, builder=builder, arch=arch, policy=tuple(rows))
 
 
 _Typed = tuple[tuple[bool, Choice], ...]
+_Question = tuple[str, str, _Typed, tuple[tuple[str, _Typed], ...]]
 
 
-def _question(gene: Gene) -> tuple[str, str, _Typed, tuple[tuple[str, _Typed], ...]]:
+def _question(gene: Gene, when: Mapping[str, tuple[Choice, ...]]) -> _Question:
     """What a gene asks apart from its site; a condition on the same site is written without naming it."""
     here = f"@{gene.site}"
-    when = tuple((key.removesuffix(here), _typed(values)) for key, values in gene.when.items())
-    return gene.op, gene.param, _typed(gene.choices), when
+    conditions = tuple((key.removesuffix(here), _typed(values)) for key, values in when.items())
+    return gene.op, gene.param, _typed(gene.choices), conditions
 
 
 def _typed(values: tuple[Choice, ...]) -> _Typed:
@@ -65,7 +74,7 @@ def _row(row: Row) -> list[str]:
     """One line, or one per key where the sites are many."""
     value = {"op": row.op, "param": row.param, "choices": list(row.choices)}
     value |= {"when": _lists(row.when)} if row.when else {}
-    value["sites"] = list(row.sites) if len(row.sites) > 1 else row.sites[0]
+    value["sites"] = row.sites[0] if len(row.sites) == 1 else list(row.sites)
     whole = _flow(value)
     if "\n" not in whole:
         return [f"  - {whole}"]

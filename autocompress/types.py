@@ -284,6 +284,23 @@ class Site(Record):
     choices: dict[str, tuple[Choice, ...]] = {}  # per op: what its first parameter may be here, where that depends
 
 
+class Probed(Record):
+    """One choice of a gene, tried without training before the search.
+
+    Alone in the unmodified network, and (`best`) alone on top of the others' best choices: divergence of the outputs
+    from the parent's, milliseconds gained by profile. None and empty where it was not tried.
+    """
+
+    gene: str
+    choice: Choice
+    kl: float | None = None  # nats per sample; half the squared difference in standard deviations for regression
+    ms: dict[str, float] = {}
+    best_kl: float | None = None  # what it adds to the divergence
+    best_ms: dict[str, float] = {}
+    kept: bool = True
+    why: str = ""  # it left the space, or was not tried, one line
+
+
 class Facts(Record):
     """Frozen inputs of a search, kept in the journal's header."""
 
@@ -295,6 +312,7 @@ class Facts(Record):
     fingerprints: dict[str, dict[str, Any]] = {}  # device fingerprints by their short hash
     versions: dict[str, str] = {}
     warm: tuple[Trial, ...] = ()  # trials of earlier runs of the same space
+    probe: tuple[Probed, ...] = ()  # of a derived space, before the choices that never pay left it
 
 
 # --- receipts -------------------------------------------------------------------------------------------------------
@@ -378,6 +396,7 @@ class SearchPlan(Record):
     fidelity: Fidelity = Fidelity()
     cost: Cost = Cost()
     workers: int | None = Field(default=None, ge=1)
+    probe: float = Field(default=60.0, ge=0, allow_inf_nan=False)  # seconds at most, for `space: auto` alone; 0: none
 
 
 class Job(Record):

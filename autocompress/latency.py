@@ -1,0 +1,127 @@
+"""What a changed network would take on this machine, without exporting it (floor F5). It steers, it is never a result.
+
+The unmodified network's own file says what each site takes, in floats and in integers; a table of single layers says
+in what proportion a changed layer differs from it. So narrow layers that run no faster are seen as such.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.devices.layers import Layer, Table
+from autocompress.devices.profiler import Times
+from autocompress.types import Numeric
+
+
+@dataclass(frozen=True)
+class Used:
+    """A layer as one forward pass uses it."""
+
+    name: str
+    layer: Layer
+    times: int = 1  # calls, and examples that the network itself makes of one (windows)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds per example."""
+        return self.times * self.weights * (prod(self.layer.output) // self.layer.weight[0])
+
+    @property
+    def weights(self) -> int:
+        """Numbers that it multiplies by."""
+        return prod(self.layer.weight)
+
+
+def run(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, tuple[Used, ...]]:
+    """Outputs of one pass in evaluation mode, and the convolutions and linear layers it used."""
+    size = len(inputs[0])
+    used: list[Used] = []
+
+    def note(name: str) -> Any:
+        def hook(part: nn.Module, given: tuple[Any, ...], answer: Any) -> None:  # noqa: ARG001
+            if given and isinstance(given[0], Tensor):
+                used.append(_used(name, part, given[0], size))
+
+        return hook
+
+    hooks = [
+        part.register_forward_hook(note(name))
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Conv2d | nn.Linear)
+    ]
+    module.eval()
+    try:
+        with torch.no_grad():
+            outputs = module(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs, tuple(used)
+
+
+def _used(name: str, part: nn.Module, x: Tensor, size: int) -> Used:
+    if isinstance(part, nn.Conv2d):
+        given = part.padding
+        padding = tuple(
+            (given[n] if not isinstance(given, str) else part.dilation[n] * (k - 1) // 2 if given == "same" else 0)
+            for n, k in enumerate(part.kernel_size)
+        )
+        weight = tuple(part.weight.shape)
+        layer = Layer(tuple(x.shape[1:]), weight, part.stride, padding, part.dilation, part.groups)
+        return Used(name, layer, max(x.shape[0] // size, 1))
+    assert isinstance(part, nn.Linear)
+    rows = max(prod(x.shape[:-1]) // size, 1)
+    return Used(name, Layer((rows, x.shape[-1]) if rows > 1 else (x.shape[-1],), tuple(part.weight.shape)))
+
+
+class Proportions:
+    """Predicts from the unmodified network's times, of its float file and of the one whose sites are all integers."""
+
+    def __init__(
+        self, parent: Sequence[Used], table: Table, numeric: Numeric, floats: Times, integers: Times | None
+    ) -> None:
+        self.parent, self.table, self.numeric = tuple(parent), table, numeric
+        self.times: Mapping[bool, Times] = {False: floats} | ({True: integers} if integers else {})
+        self.names = {one.name for one in parent}
+
+    def learn(self, used: Iterable[Used]) -> None:
+        """Measure the layers that are new. Raises TrialFailure if onnxruntime cannot run one."""
+        layers = [one.layer for one in (*self.parent, *used)]
+        self.table.learn(layers)
+        if True in self.times:
+            self.table.learn(layers, self.numeric)
+
+    def gained(self, used: Sequence[Used], *, integers: bool) -> float | None:
+        """Milliseconds less than the unmodified network takes; None without a file of integers."""
+        if integers not in self.times:
+            return None
+        before, after = (self._sites(those, integers) for those in (self.parent, used))
+        times = self.times[integers].sites
+        spent = sum(before.values())
+        usual = sum(times.get(site, 0.0) for site in before) / spent if spent else 1.0
+        gained = 0.0
+        for site in {*before, *after}:
+            pace = times[site] / before[site] if before.get(site) and site in times else usual
+            gained += pace * (before.get(site, 0.0) - after.get(site, 0.0))
+        return gained
+
+    def _sites(self, used: Iterable[Used], integers: bool) -> dict[str, float]:
+        """What the table says by site; parts of a split layer count for it, other new layers for themselves."""
+        found: defaultdict[str, float] = defaultdict(float)
+        for one in used:
+            ms = self.table.ms(one.layer, self.numeric if integers else None)
+            if ms is not None:
+                found[self._owner(one.name)] += one.times * ms
+        return found
+
+    def _owner(self, name: str) -> str:
+        atoms = name.split(".")
+        paths = (".".join(atoms[:length]) for length in range(len(atoms), 0, -1))
+        return next((path for path in paths if path in self.names), name)
