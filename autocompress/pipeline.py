@@ -21,6 +21,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from autocompress import export as exporting
+from autocompress.distill import Distillation
 from autocompress.models import Builder
 from autocompress.models.trace import examples, thop_count
 from autocompress.ops import Op, Phase, TrainOp
@@ -336,24 +337,25 @@ def rerelease(work: Work, module: nn.Module, receipts: Sequence[Receipt]) -> Rel
     return Release(model, exporting.graph_hash(model, weights=False), tuple(receipts))
 
 
-def distillation(policy: Policy) -> tuple[float, float]:
-    """Weight and temperature of response distillation, (0, 1) where the policy has none."""
+def distillation(policy: Policy) -> Distillation:
+    """How the policy wants the candidate taught; weight 0 where it says nothing."""
     for rule in policy.of("distill"):
-        return float(rule.settings.get("weight", 0.0)), float(rule.settings.get("temperature", 1.0))
-    return 0.0, 1.0
+        return Distillation.of(rule.settings)
+    return Distillation()
 
 
 def training(work: Work, shaped: Shaped, policy: Policy, seed: int) -> Training:
     """Fine-tuning of a candidate, with the parent as teacher where the policy asks for distillation."""
-    weight, temperature = distillation(policy)
+    taught = distillation(policy)
     return Training(
         shaped.module,
         work.task,
         epochs=work.epochs,
         seed=seed,
-        teacher=work.parent if weight > 0 else None,
-        weight=weight,
-        temperature=temperature,
+        teacher=work.parent if taught.weight > 0 else None,
+        weight=taught.weight,
+        temperature=taught.temperature,
+        kind=taught.kind,
         pause=work.gate.step,
         instruments=tuple((train_op(work, receipt), receipt) for receipt in shaped.instruments),
     )

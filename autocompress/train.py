@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
@@ -22,10 +22,13 @@ from safetensors.torch import save as write_tensors
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autocompress.distill import response_loss
+from autocompress.distill import Distillation, Kind
+from autocompress.lesson import Lesson
+from autocompress.models.trace import examples
 from autocompress.ops import TrainOp
 from autocompress.tasks import Task, batch_size, several
 from autocompress.tasks.recipe import Recipe, recipe, steps
+from autocompress.taught import answers_of
 from autocompress.types import Receipt, TrialFailure, UserError
 
 MOMENTS = {
@@ -33,6 +36,8 @@ MOMENTS = {
     "adamw": {"exp_avg": "momentum", "exp_avg_sq": "square", "step": "count"},
 }
 """What an optimizer keeps of each parameter, and its name in a state."""
+LESSON = "lesson:"
+"""Before the names of what learns beside the network; no parameter of a network has a colon in its name."""
 Pause = Callable[[], object]
 """Called at every step boundary; returns when the trainer may go on."""
 
@@ -70,8 +75,8 @@ class Training:
     """One full training of `module` on `task` by the task's recipe (`tasks.recipe`), run in pieces.
 
     `epochs` is what fidelity 1 means; `lr`, `batch` and so on take the place of the recipe's. With a teacher the loss
-    is `weight` times the distillation loss plus `1 - weight` times the task's own. The module is changed in place and
-    moved to channels-last memory.
+    is `weight` times the distillation loss of `kind` plus `1 - weight` times the task's own. The module is changed in
+    place and moved to channels-last memory; hooks are on it only while `run_to` runs.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class Training:
         teacher: nn.Module | None = None,
         weight: float = 0.0,
         temperature: float = 1.0,
+        kind: Kind = "response",
         lr: float | None = None,
         batch: int | None = None,
         momentum: float | None = None,
@@ -101,18 +107,25 @@ class Training:
         self.recipe = recipe(task).model_copy(update={key: value for key, value in asked.items() if value is not None})
         self.task, self.seed, self.pause = task, seed, pause
         self.batch, self.lr, self.clip = self.recipe.batch, self.recipe.lr, self.recipe.clip
-        self.weight, self.temperature = weight, temperature
+        self.weight = weight
         self.instruments = tuple(instruments)
-        self.teacher = None
+        self.lesson: Lesson | None = None
         if teacher is not None and weight > 0:
-            self.teacher = channels_last(teacher).eval()
+            self.lesson = Lesson(
+                Distillation.of({"weight": weight, "temperature": temperature, "kind": kind}),
+                channels_last(teacher).eval(),
+                self.module,
+                examples(task.input, 2),
+                judge=getattr(task, "distillation", None),
+                seed=draw(seed, 2),
+            )
         self.bf16 = bf16_pays() if bf16 is None else bf16
         self.steps_per_epoch = steps(task, "train", self.batch)
         self.total = max(1, round(epochs * self.steps_per_epoch))
         self.step = 0
         # scales and biases are not decayed (He et al. 2019, "Bag of tricks", section 3.1)
-        weights = [p for p in module.parameters() if p.ndim > 1]
-        others = [p for p in module.parameters() if p.ndim <= 1]
+        weights = [p for _, p in self._learning() if p.ndim > 1]
+        others = [p for _, p in self._learning() if p.ndim <= 1]
         groups = [{"params": weights, "weight_decay": self.recipe.decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = _optimizer(self.recipe, groups)
 
@@ -125,7 +138,7 @@ class Training:
         target, began, first = round(fidelity * self.total), time.perf_counter(), self.step
         losses, images = 0.0, 0
         self.module.train()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), self._taught(target):
             while self.step < target:
                 for inputs, targets in self._rest_of_epoch():
                     self.pause()
@@ -157,16 +170,14 @@ class Training:
         if batch_size(inputs) == 1:  # batch normalisation has no statistics of one sample
             return 0.0
         self._advance()
-        arguments = tuple(map(_as_images, several(inputs)))
+        arguments = _arguments(inputs)
         rate = self.lr * one_cycle(self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        taught: Any = None
         with self._precision():
             outputs = self.module(*arguments)
-            if self.teacher is not None:
-                with torch.no_grad():
-                    taught = self.teacher(*arguments)
+            if self.lesson is not None:
+                self.lesson.listen(arguments)
         outputs = outputs.float() if isinstance(outputs, Tensor) else tuple(one.float() for one in outputs)
         loss = several(outputs)[0].new_zeros(())
         for op, receipt in self.instruments:
@@ -174,19 +185,42 @@ class Training:
                 loss = loss + penalty
         if self.weight < 1:
             loss = loss + (1 - self.weight) * self.task.loss(outputs, targets)
-        if taught is not None:
-            for mine, theirs in zip(several(outputs), several(taught), strict=True):
-                loss = loss + self.weight * response_loss(mine, theirs, self.temperature)
+        if self.lesson is not None:
+            loss = loss + self.weight * self.lesson.loss(outputs)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrialFailure(f"training diverged: loss is {value} at step {self.step} of {self.total}")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+        norm = nn.utils.clip_grad_norm_([p for _, p in self._learning()], self.clip)
         if not torch.isfinite(norm):
             raise TrialFailure(f"training diverged: gradient is {float(norm)} at step {self.step} of {self.total}")
         self.optimizer.step()
         return value
+
+    def _learning(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter that the optimizer moves, by its name in a state."""
+        yield from self.module.named_parameters()
+        if self.lesson is not None:
+            yield from ((f"{LESSON}{name}", p) for name, p in self.lesson.adapters.named_parameters())
+
+    @contextmanager
+    def _taught(self, target: int) -> Iterator[None]:
+        """Both networks watched, the teacher's answers at hand; no hook is left behind."""
+        lesson = self.lesson
+        if lesson is None or self.step >= target:
+            yield
+            return
+        again = self.total > self.steps_per_epoch  # every sample is seen more than once
+        if again and lesson.settings.kind == "response" and not getattr(self.task, "augments", True):
+            lesson.answers = answers_of(
+                lesson.teacher, self.task, self.batch, bf16=self.bf16, prepare=_arguments, pause=self.pause
+            )
+        lesson.open()
+        try:
+            yield
+        finally:
+            lesson.close()
 
     def _advance(self) -> None:
         for op, receipt in self.instruments:
@@ -200,7 +234,9 @@ class Training:
         tensors = {"clock": torch.tensor([self.step, self.total, self.seed])}
         for name, tensor in self.module.state_dict().items():
             tensors[f"module.{name}"] = tensor
-        for name, parameter in self.module.named_parameters():
+        for name, tensor in self._adapters().items():
+            tensors[f"{LESSON}{name}"] = tensor
+        for name, parameter in self._learning():
             kept = self.optimizer.state.get(parameter, {})
             for key, short in MOMENTS[self.recipe.optimizer].items():
                 if kept.get(key) is not None:
@@ -208,6 +244,9 @@ class Training:
         return write_tensors(
             {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
         )
+
+    def _adapters(self) -> dict[str, Tensor]:
+        return {} if self.lesson is None else self.lesson.adapters.state_dict()
 
     def load(self, state: bytes) -> None:
         """Go on from `state()` of a training with the same network, epochs and seed.
@@ -224,11 +263,14 @@ class Training:
                 f"training state: of [step, steps, seed] {clock}, this training has {[self.total, self.seed]}"
             )
         weights = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("module.")}
+        adapters = {name[len(LESSON) :]: tensor for name, tensor in tensors.items() if name.startswith(LESSON)}
         try:
             self.module.load_state_dict(weights)
+            if self.lesson is not None:
+                self.lesson.adapters.load_state_dict(adapters)
         except RuntimeError as error:
             raise UserError("training state: " + " ".join(str(error).split())[:300]) from error
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._learning():
             self.optimizer.state.pop(parameter, None)
             for key, short in MOMENTS[self.recipe.optimizer].items():
                 if (moment := tensors.get(f"{short}.{name}")) is not None:  # in the parameter's own memory layout
@@ -241,6 +283,11 @@ def _optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Opti
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999))
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+
+
+def _arguments(inputs: Any) -> tuple[Tensor, ...]:
+    """A network's arguments from a batch's inputs."""
+    return tuple(map(_as_images, several(inputs)))
 
 
 def _as_images(inputs: Tensor) -> Tensor:

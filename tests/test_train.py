@@ -249,7 +249,7 @@ def test_distill_decides_its_settings_and_changes_nothing():
     op, module = Distill(), net()
     rules = [Rule(site=".", op="distill", settings={"weight": 0.5, "temperature": 4})]
     receipt = op.decide(module, rules, Digits(), PROFILE)
-    assert receipt.entries[0].facts == {"weight": 0.5, "temperature": 4.0}
+    assert receipt.entries[0].facts == {"weight": 0.5, "temperature": 4.0, "kind": "response"}
     assert op.enact(module, receipt) is module
     assert op.decide(module, [], Digits(), PROFILE).entries == ()
     with pytest.raises(UserError, match=r"weight 1\.5"):
