@@ -44,7 +44,7 @@ from autocompress.types import Candidate, Policy, Rule, Site
 
 SEED = 0
 DISTILL = Rule(site=".", op="distill", settings={"weight": 0.7, "temperature": 3.0})
-OPS = ("block", "replace", "prune", "lowrank", "distill", "qat", "quantize")
+OPS = ("block", "prune", "lowrank", "distill", "qat", "sparsify", "quantize")
 
 
 def everywhere(op: str, sites: Sequence[Site], **settings: Any) -> list[Rule]:
