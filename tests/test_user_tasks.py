@@ -1,5 +1,7 @@
 """Networks and tasks of a user's own, several inputs and outputs: forced policies, and whole small searches."""
 
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,17 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from torch import nn
 
 import autocompress
-from autocompress import artifact, export, load
+from autocompress import artifact, export, load, registry
 from autocompress.models.foreign import Foreign
 from autocompress.ops import Op
 from autocompress.parts import make_ops
 from autocompress.pipeline import Work, qualities, release, shape, training
 from autocompress.reuse import apply
 from autocompress.tasks import Task, several
+from autocompress.tasks.recipe import Recipe
 from autocompress.testing import check_task
 from autocompress.train import Training
 from autocompress.types import Candidate, Policy, Profile, Rule
@@ -138,3 +142,13 @@ def test_a_whole_search_leaves_an_artifact_that_runs_alone(case, tmp_path: Path)
     applied = apply(folder, model=network, task=task)
     assert applied.reproduced
     assert applied.byte_equal or applied.error < 1e-2
+
+
+def test_what_the_docs_write_under_data_is_understood():
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    assert len(blocks) >= 5
+    for block in blocks:
+        known = inspect.signature(registry.resolve("task", block["task"])).parameters
+        assert set(block["data"]) <= set(known)
+        Recipe.of(block["data"].get("training"), "docs")
