@@ -84,7 +84,11 @@ def _settle_sizes(model: onnx.ModelProto, example: Mapping[str, NDArray[Any]]) -
     used = {value.name for value in graph.input}  # an input that nothing reads is not in the file
     for inputs in (example, longer):
         feed = {name: values for name, values in inputs.items() if name in used}
-        outputs: list[Any] = list(probing.run(names, feed))
+        try:
+            outputs: list[Any] = list(probing.run(names, feed))
+        except Exception as error:
+            # onnxruntime's exceptions share no base class
+            raise TrialFailure(f"the exported file runs at one batch size only: {_line(error)}") from error
         found.append({**feed, **dict(zip(names, outputs, strict=True))})
     for node, place in asking:
         one, other = (np.array(values[node.input[place]]) for values in found)
@@ -268,12 +272,16 @@ def open_session(model: bytes, threads: int = 1) -> onnxruntime.InferenceSession
     """Load a file on the processor. Raises TrialFailure, with onnxruntime's own words, if it cannot."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised, and said once
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         # onnxruntime's exceptions share no base class
-        raise TrialFailure(f"onnxruntime cannot load the file: {' '.join(str(error).split())[:300]}") from error
+        raise TrialFailure(f"onnxruntime cannot load the file: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def graph_hash(model: bytes, weights: bool) -> str:

@@ -22,6 +22,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "sparsify": "autocompress.ops.sparsify:Sparsify",
         "qat": "autocompress.ops.qat:Qat",
         "quantize": "autocompress.ops.quantize:Quantize",
+        "store": "autocompress.ops.store:Store",
         "distill": "autocompress.distill:Distill",
     },
     "searcher": {

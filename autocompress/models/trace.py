@@ -93,6 +93,7 @@ def sites(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Site
             "sparsify",
             "qat",
             "quantize",
+            "store",
         ]
         if isinstance(layer, nn.Conv2d):
             kind = "depthwise" if is_depthwise(layer) else "grouped" if grouped else "conv"

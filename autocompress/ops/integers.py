@@ -17,7 +17,9 @@ from autocompress.ops.wiring import PRODUCTS, Wiring, attributes
 MOVERS = frozenset(("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pad", "Split"))
 SHARING = MOVERS | frozenset(("MaxPool", "AveragePool", "Resize"))
 """Their answer has the range of what goes in, and takes its scale."""
-FOLLOWERS = SHARING | frozenset(("Relu", "Clip", "LeakyRelu", "Sigmoid", "GlobalAveragePool"))
+HARD = frozenset(("HardSigmoid", "HardSwish"))
+"""The runtime has no integer form of them; an addition that saturates and a product are one."""
+FOLLOWERS = SHARING | HARD | frozenset(("Relu", "Clip", "LeakyRelu", "Sigmoid", "GlobalAveragePool"))
 """One activation goes in: integer where that one is."""
 JOINTS = frozenset(("Add", "Mul", "Concat"))
 """Several activations go in: integer where most of the activations around them are."""
@@ -179,6 +181,8 @@ def _able(node: onnx.NodeProto, wiring: Wiring) -> bool:
     if node.op_type == "Clip":
         low, high = _clip(wiring, node)
         return low <= 0.0 <= high
+    if node.op_type == "HardSigmoid":
+        return attributes(node).get("alpha", 0.2) > 0
     if node.op_type == "Resize":
         return attributes(node).get("mode", b"nearest") != b"cubic"
     if node.op_type == "Slice":

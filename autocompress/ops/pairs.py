@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from autocompress.graph import replace
-from autocompress.ops.integers import Plan
+from autocompress.ops.integers import HARD, Plan
 from autocompress.ops.wiring import attributes, constant, out_axis
 from autocompress.types import Numeric, UserError
 
@@ -85,7 +85,6 @@ class _Writing:
     numeric: Numeric
     scales: Mapping[str, Scale]
     channels: Mapping[str, bool]  # node -> whether its weight has a scale per channel
-    keep: bool  # leave every ReLU in its place, for looking at what comes before it
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: list[onnx.TensorProto] = field(default_factory=list)
     rounded: dict[str, str] = field(default_factory=dict)  # tensor -> its dequantized form
@@ -96,10 +95,13 @@ class _Writing:
         for name in wiring.inputs:
             if name in tensors:
                 self.pair(name, name, f"{name}.rounded")
-        vanishing = {} if self.keep else self.plan.vanishing
+        vanishing = self.plan.vanishing
         gone = {wiring.readers[before][0].name for before in vanishing}
         for original in wiring.model.graph.node:
             if original.name in gone:
+                continue
+            if original.op_type in HARD and original.name in self.plan.members:
+                self.hard(original)
                 continue
             node = onnx.NodeProto()
             node.CopyFrom(original)
@@ -129,6 +131,39 @@ class _Writing:
         self.nodes.append(helper.make_node("DequantizeLinear", [integers, *names], [restored], f"{tensor}/dequantize"))
         self.rounded[tensor] = restored
 
+    def hard(self, node: onnx.NodeProto) -> None:
+        """HardSigmoid(x) = min(max(alpha x + beta, 0), 1): x + beta / alpha, saturated, read with a smaller step.
+
+        HardSwish(x) = x HardSigmoid(x), alpha 1/6, beta 1/2.
+        """
+        found = attributes(node) if node.op_type == "HardSigmoid" else {"alpha": 1 / 6, "beta": 0.5}
+        alpha, beta = found.get("alpha", 0.2), found.get("beta", 0.5)
+        source, answer, name = self.rounded[node.input[0]], node.output[0], node.name
+        whole, gate = Scale.of((0.0, 1.0 / alpha), self.numeric.activation), f"{name}.gate"
+        offset = np.float32(beta / alpha)
+        least, most, dtype = _STEPS[self.numeric.activation]
+        own = Scale.of((min(0.0, float(offset)), max(0.0, float(offset))), self.numeric.activation)
+        integer = np.asarray(np.clip(np.rint(offset / own.step) + own.zero, least, most), dtype)
+        self.dequantized(f"{name}.offset", integer, np.asarray(own.step), np.asarray(own.zero), None)
+        unit = Scale.of((0.0, 1.0), self.numeric.activation)
+        names = [f"{gate}_scale_in", f"{gate}_scale", f"{gate}_zero_point"]
+        self.constants += [
+            constant(one, two) for one, two in zip(names, (whole.step, unit.step, unit.zero), strict=True)
+        ]
+        restored = answer if node.op_type == "HardSigmoid" else f"{gate}.rounded"
+        self.nodes += [
+            helper.make_node("Add", [source, self.rounded[f"{name}.offset"]], [raw(gate)], f"{name}/offset"),
+            helper.make_node(
+                "QuantizeLinear", [raw(gate), names[0], names[2]], [f"{gate}_quantized"], f"{gate}/quantize"
+            ),
+            helper.make_node("DequantizeLinear", [f"{gate}_quantized", *names[1:]], [restored], f"{gate}/dequantize"),
+        ]
+        if node.op_type == "HardSigmoid":
+            self.rounded[answer] = answer
+        else:
+            self.nodes.append(helper.make_node("Mul", [source, restored], [raw(answer)], name))
+            self.pair(answer, raw(answer), answer)
+
     def integer_inputs(self, node: onnx.NodeProto, original: onnx.NodeProto) -> None:
         weighted = node.name in self.channels
         joint = not weighted and len(node.input) > 1 and original.op_type in ("Add", "Mul", "Concat")
@@ -149,6 +184,11 @@ class _Writing:
             integers = np.clip(np.rint(values / scale.step) + scale.zero, least, most).astype(dtype)
             self.dequantized(name, integers, np.asarray(scale.step), np.asarray(scale.zero), None)
         return self.rounded[name]
+
+    def integers(self, tensor: str) -> str:
+        """The name of a rounded tensor's integers."""
+        restored = self.rounded[tensor]
+        return next(node.input[0] for node in reversed(self.nodes) if node.output[0] == restored)
 
     def weight_and_bias(self, node: onnx.NodeProto, original: onnx.NodeProto) -> None:
         wiring = self.plan.wiring
@@ -228,7 +268,7 @@ class _Writing:
         ]
         own = f"{node.name}.input"
         self.nodes.append(
-            helper.make_node("DequantizeLinear", [f"{source}_quantized", *names], [own], f"{own}/dequantize", axis=1)
+            helper.make_node("DequantizeLinear", [self.integers(source), *names], [own], f"{own}/dequantize", axis=1)
         )
         node.input[0] = own
 
@@ -243,8 +283,6 @@ def with_pairs(
     ranges: Mapping[str, Range],
     numeric: Numeric,
     channels: Mapping[str, bool],
-    *,
-    keep: bool = False,
 ) -> onnx.ModelProto:
     """The plan's graph with pairs. `ranges` by receipt key; `channels` says per weighted node how fine its scales are.
 
@@ -256,8 +294,12 @@ def with_pairs(
     scales: dict[str, Scale] = {}
     for key, tensor in plan.keys.items():
         low, high = plan.bounds(tensor)
+        maker = plan.wiring.makers.get(tensor)
+        if maker is not None and maker.op_type == "HardSigmoid" and maker.name in plan.members:
+            scales[tensor] = Scale.of((0.0, 1.0), numeric.activation)
+            continue
         scales[tensor] = Scale.of((max(ranges[key][0], low), min(ranges[key][1], high)), numeric.activation)
-    writing = _Writing(plan, numeric, scales, channels, keep)
+    writing = _Writing(plan, numeric, scales, channels)
     writing.walk()
     used = {name for node in writing.nodes for name in node.input} | plan.wiring.outputs
     nodes = [one for one in writing.nodes if one.op_type != "DequantizeLinear" or one.output[0] in used]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import onnx
@@ -109,17 +108,11 @@ class Quantize:
         ranges = _ranges(subject, plans, kinds, task, numeric, count)
         moved: dict[str, dict[str, list[float]]] = {}
         if whole["correct_bias"] and any(seeds.values()):
-            pairing = {
-                part: partial(
-                    with_pairs,
-                    ranges=ranges[part],
-                    numeric=numeric,
-                    channels={name: _per_channel(claim.asked, numeric) for name, claim in kinds[part].items()},
-                    keep=True,
-                )
-                for part in plans
-            }
-            moved = shifts.decide(plans, pairing, task, count)
+            written: dict[str, onnx.ModelProto] = {}
+            for part, plan in plans.items():
+                channels = {name: _per_channel(claim.asked, numeric) for name, claim in kinds[part].items()}
+                written[part] = with_pairs(plan, ranges[part], numeric, channels)
+            moved = shifts.decide(plans, written, task, count)
         entries: list[Entry] = []
         for claim in claims:
             if claim.bits == "float":
@@ -188,6 +181,7 @@ class Quantize:
                     asked.update(dict.fromkeys(facts.get("nodes", ()), entry.asked))
             equalize.enact(wiring, planned[part.name].get("equalized", ()))
             shifts.enact(wiring, planned[part.name].get("shifts", {}))
+            wiring = Wiring(wiring.model)
             plan = Plan(wiring, tuple(planned[part.name].get("nodes", ())))
             parts.append(replace(part, model=_written(plan, ranges, numeric, asked)))
         return replace(subject, parts=tuple(parts))

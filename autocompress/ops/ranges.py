@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnxruntime.quantization.calibrate import HistogramCollector
 
 from autocompress.graph import open_session, write
 from autocompress.ops.pairs import Range, rebuilt
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 BATCH = 32
 MEMORY = 96 * 2**20
 """Bytes of activations that are looked at together."""
-BINS, ENTROPY_BINS, QUANTIZED_BINS, PERCENTILE = 4096, 512, 128, 99.99
+BINS, INTEGERS, PERCENTILE = 4096, 256, 99.99
 SAMPLE = 1 << 14
 """Values of a tensor and sample that are counted in a histogram, evenly taken; its ends are those of all values."""
 
@@ -156,8 +155,7 @@ class _Histogram(_Span):
             return False
         most = max(-self.low, self.high)
         if self.reach == 0.0 < most:
-            self.counts[BINS // 2] += self.counts.sum()  # zeros so far
-            self.reach = most
+            self.reach = most  # what was counted so far are zeros, which lie in the middle of any reach
         while self.reach < most:
             joined = self.counts.reshape(-1, 2).sum(axis=1)
             self.counts[:] = 0
@@ -165,7 +163,10 @@ class _Histogram(_Span):
             self.reach *= 2.0
         flat = values.ravel()
         every = -(-flat.size // (SAMPLE * len(values))) | 1  # odd: no row or channel is left out each time
-        places = (flat[::every] / (self.reach or 1.0) + 1.0) * (BINS / 2)
+        taken = flat[::every]
+        if self.method == "entropy":
+            taken = taken[taken != 0]  # exact in any integer: the peak that a ReLU leaves says nothing of a range
+        places = (taken / (self.reach or 1.0) + 1.0) * (BINS / 2)
         self.counts += np.bincount(np.minimum(places.astype(np.int64), BINS - 1), minlength=BINS)
         return True
 
@@ -175,15 +176,34 @@ class _Histogram(_Span):
         counts = self.counts
         edges = np.linspace(-self.reach, self.reach, BINS + 1)
         if self.method == "entropy":
-            counts, edges = counts.reshape(-1, BINS // ENTROPY_BINS).sum(axis=1), edges[:: BINS // ENTROPY_BINS]
-            collector = HistogramCollector("entropy", False, ENTROPY_BINS, QUANTIZED_BINS, PERCENTILE, "same")
-            histogram = (counts, edges, np.float64(self.low), np.float64(self.high), self.reach)
-            low, high = (float(bound) for bound in collector.get_entropy_threshold(histogram, QUANTIZED_BINS)[:2])
+            reach = _least_divergence(counts, edges)
+            low, high = -reach, reach
         else:
             passed, cut = np.cumsum(counts) / counts.sum(), (1 - PERCENTILE / 100) / 2
             low = float(edges[np.searchsorted(passed, cut, side="right")])
             high = float(edges[min(np.searchsorted(passed, 1 - cut) + 1, BINS)])
         return max(low, self.low), min(high, self.high)
+
+
+def _least_divergence(counts: NDArray[np.int64], edges: NDArray[np.float64]) -> float:
+    """The reach whose 256 integers differ least (Kullback-Leibler) from what was counted (Migacz 2017, slide 31)."""
+    half = len(counts) // 2
+    best, reach = np.inf, float(edges[-1])
+    for width in range(INTEGERS // 2, half + 1, INTEGERS // 2):  # bins on either side of zero
+        inside = counts[half - width : half + width].astype(np.float64)
+        clipped = inside.copy()
+        clipped[0] += counts[: half - width].sum()
+        clipped[-1] += counts[half + width :].sum()
+        grouped = inside.reshape(INTEGERS, -1)
+        filled = grouped > 0
+        level = grouped.sum(axis=1, keepdims=True) / np.maximum(filled.sum(axis=1, keepdims=True), 1)
+        told = np.where(filled, level, 0.0).ravel()
+        some = clipped > 0
+        p, q = clipped[some] / clipped.sum(), np.maximum(told[some], 1e-3) / max(told.sum(), 1.0)
+        divergence = float((p * np.log(p / q)).sum())
+        if divergence < best:
+            best, reach = divergence, float(edges[half + width])
+    return reach
 
 
 def span(method: str) -> _Span:
