@@ -17,6 +17,7 @@ Kind = Literal["op", "searcher", "device", "task", "builder"]
 BUILT_IN: dict[Kind, dict[str, str]] = {
     "op": {
         "block": "autocompress.ops.block:Block",
+        "replace": "autocompress.ops.replace:Replace",
         "prune": "autocompress.ops.prune:Prune",
         "lowrank": "autocompress.ops.lowrank:LowRank",
         "sparsify": "autocompress.ops.sparsify:Sparsify",

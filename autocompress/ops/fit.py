@@ -85,10 +85,16 @@ class Centred(NamedTuple):
     x: Tensor
     y: Tensor
 
+    @property
+    def speaks(self) -> bool:
+        """True where there is something to fit: outputs vary, and are numbers."""
+        return 0 < self.yy < float("inf")
+
     def error(self, weight: Tensor) -> float:
         """Share of the outputs' variance that the map (o, d) with its best bias leaves unexplained."""
         weight = weight.double()
-        left = self.yy - 2 * float((weight.T * self.xy).sum()) + float((weight @ self.xx * weight).sum())
+        explained = (weight.float() @ self.xx.float()).double()  # good to a millionth, in half the time
+        left = self.yy - 2 * float((weight.T * self.xy).sum()) + float((explained * weight).sum())
         return max(left, 0.0) / self.yy if self.yy > 0 else 0.0
 
     def bias(self, weight: Tensor) -> Tensor:
@@ -176,38 +182,8 @@ def moments(
     At most `rows` rows each, spread over `images` calibration examples. A layer that is never called has count 0.
     Memory is 8 d^2 bytes per layer: `each` goes by portions where that is too much.
     """
-    limit = images_for(task.input) if images is None else images
-    found: dict[str, Moments] = {}
-    hooks = []
-    seen = [0]  # examples before this batch
-    for name in names:
-        layer = module.get_submodule(name)
-        assert isinstance(layer, nn.Conv2d | nn.Linear)
-        assert not (isinstance(layer, nn.Conv2d) and layer.groups > 1), f"{name} has groups"
-        found[name] = Moments(layer.weight[0].numel(), layer.weight.shape[0])
-        hooks.append(layer.register_forward_hook(_adding(found[name], seen, rows / limit)))
-    try:
-        with still(module):
-            for inputs in calibration(task, limit):
-                module(*inputs)
-                seen[0] += batch_size(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, held in found.items():
-        layer = module.get_submodule(name)
-        assert isinstance(layer, nn.Conv2d | nn.Linear)
-        held.explain(layer.weight.detach().flatten(1), None if layer.bias is None else layer.bias.detach())
-    return found
-
-
-def _adding(held: Moments, seen: list[int], share: float) -> Callable[[nn.Module, Any, Tensor], None]:
-    def add(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        x = inputs[0].detach()
-        wanted = max(1, round(share * len(x)))
-        held.add(rows_of(layer, x, output, wanted, seen[0])[0])
-
-    return add
+    found = _gather(module, names, task, images, rows)
+    return {name: _settled(module.get_submodule(name), found[name]) for name in names}
 
 
 def each(
@@ -218,13 +194,64 @@ def each(
     while waiting:
         held, count = 0, 0
         for name in waiting:
-            weight = module.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            held += 8 * weight[0].numel() ** 2
+            width = module.get_submodule(name).get_parameter("weight")[0].numel()
+            held += min(8 * width, 4 * rows) * width
             if count and held > HELD:
                 break
             count += 1
-        found = moments(module, waiting[:count], task, images=images, rows=rows)
+        found = _gather(module, waiting[:count], task, images, rows)
         for name in islice(waiting, count):
-            yield name, found.pop(name)
+            yield name, _settled(module.get_submodule(name), found.pop(name))
         waiting = waiting[count:]
+
+
+def _gather(
+    module: nn.Module, names: Sequence[str], task: Task, images: int | None, rows: int
+) -> dict[str, Moments | list[Tensor]]:
+    """One pass: sums, or the rows themselves where those take less memory."""
+    limit = images_for(task.input) if images is None else images
+    found: dict[str, Moments | list[Tensor]] = {}
+    hooks = []
+    seen = [0]  # examples before this batch
+    for name in names:
+        layer = module.get_submodule(name)
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        assert not (isinstance(layer, nn.Conv2d) and layer.groups > 1), f"{name} has groups"
+        width = layer.weight[0].numel()
+        found[name] = [] if rows < 2 * width else Moments(width, layer.weight.shape[0])
+        hooks.append(layer.register_forward_hook(_adding(found[name], seen, rows / limit)))
+    try:
+        with still(module):
+            for inputs in calibration(task, limit):
+                module(*inputs)
+                seen[0] += batch_size(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _adding(held: Moments | list[Tensor], seen: list[int], share: float) -> Callable[[nn.Module, Any, Tensor], None]:
+    def add(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        x = inputs[0].detach()
+        wanted = max(1, round(share * len(x)))
+        found = rows_of(layer, x, output, wanted, seen[0])[0]
+        if isinstance(held, Moments):
+            held.add(found)
+        else:
+            held.append(found)
+
+    return add
+
+
+def _settled(layer: nn.Module, held: Moments | list[Tensor]) -> Moments:
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
+    weight = layer.weight.detach().flatten(1)
+    if isinstance(held, list):
+        rows, held = held, Moments(weight.shape[1], weight.shape[0])
+        if rows:
+            every = torch.cat(rows)
+            held.add(every, functional.linear(every, weight, None if layer.bias is None else layer.bias.detach()))
+    else:
+        held.explain(weight, None if layer.bias is None else layer.bias.detach())
+    return held
