@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from autocompress.models.compact import forms
 from autocompress.models.groups import is_depthwise
 from autocompress.models.proof import prunable
 from autocompress.tasks import InputSpec, batch_size, several
@@ -73,7 +74,8 @@ def _order(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> list[str]
 def sites(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Site, ...]:
     """The places a policy can speak of, from input to output. `example` is one batch (N, ...); MACs are per example.
 
-    `prune` is among a site's ops where it is the first producer of its coupled group, `lowrank` where it has no groups.
+    `prune` is among a site's ops where it is the first producer of its coupled group, `lowrank` where it has no groups,
+    `replace` where a dense k x k convolution has a cheaper form.
     """
     names = _order(module, example)
     cuts = prunable(module, example)
@@ -87,7 +89,9 @@ def sites(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Site
         parameters = sum(parameter.numel() for parameter in layer.parameters())
         macs = sum(flops.get(f"{prefix}.{name}" if name else prefix, {}).values()) // 2 // batch_size(example)
         grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
+        compact = forms(layer)
         ops = [
+            *(["replace"] if compact else []),
             *(["prune"] if name in cuts.roots else []),
             *([] if grouped else ["lowrank"]),
             "sparsify",
@@ -112,6 +116,7 @@ def sites(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Site
                 out_channels=outputs,
                 kernel=kernel,
                 depth=position / max(len(names) - 1, 1),
+                choices={"replace": ("keep", *compact)} if compact else {},
             )
         )
     return tuple(found)
