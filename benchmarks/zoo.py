@@ -114,7 +114,7 @@ ENCODERS: dict[str, dict[str, int]] = {
     "swin": {"embed_dim": 32},
 }
 VOCABULARY, LENGTH = 100, 16
-LARGER = {"maxvit_t": 224, "inception_v3": 96, "inception_v4": 96, "vit_h_14": 56}
+LARGER = {"maxvit_t": 224, "alexnet": 224, "inception_v3": 96, "inception_v4": 96, "vit_h_14": 56}
 QUICK = (
     "torchvision:resnet18",
     "torchvision:mobilenet_v2",
@@ -182,7 +182,7 @@ def networks() -> list[str]:
 def describe(network: str) -> tuple[dict[str, Any], InputSpec]:
     """Options and input of a network: images as small as it takes, or tokens."""
     source, _, name = network.partition(":")
-    size = LARGER.get(name, 64)
+    size = LARGER.get(name, 224 if name.startswith("vgg") else 64)
     image = InputSpec(shape=(3, size, size))
     if source == "hf":
         options: dict[str, Any] = {**ENCODERS[name], "num_labels": CLASSES}
@@ -224,6 +224,18 @@ def policy(sites: tuple[Site, ...], rng: random.Random, strength: float) -> Poli
     return Policy(rules=tuple(rules))
 
 
+@torch.no_grad()
+def animate(module: nn.Module) -> None:
+    """Draw what a random initialisation leaves at zero or nearly so: such heads and branches would hide any mistake."""
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            continue
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.05)
+        elif parameter.numel() > 1 and float(parameter.abs().max()) < 1e-3:  # scales of branches
+            parameter.fill_(0.2)
+
+
 def conform(network: str, seed: int, folder: Path) -> dict[str, Any]:
     """One pair. Raises TrialFailure or UserError where it ends in a reason."""
     torch.manual_seed(seed)
@@ -232,6 +244,7 @@ def conform(network: str, seed: int, folder: Path) -> dict[str, Any]:
     task = Noise(spec)
     builder = parts.make_builder(network, spec, options)
     parent = builder.build({})
+    animate(parent)
     reestimate_batchnorm(parent, task, 2, size=32)
     parent.eval()
     macs, parameters = thop_count(parent, examples(spec))
