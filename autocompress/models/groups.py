@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from autocompress.models.heads import attentions
+from autocompress.models.heads import Attention, attentions
 from autocompress.models.labels import Labels, Place
 from autocompress.models.slicing import Cut
 from autocompress.tasks import several
@@ -64,8 +64,8 @@ class Group:
 
     @property
     def width(self) -> int:
-        """Channels of the root per unit (heads have many)."""
-        return max(1, round(self.channels / self.size))
+        """Channels of the root per step."""
+        return max(1, self.channels * self.step // self.size)
 
     @property
     def channels(self) -> int:
@@ -99,7 +99,12 @@ class Coupling:
         }
         self.trace = Labels(module, units=units)
         _run(self.trace, module, several(example))
-        self._assemble()
+        self._assemble(())
+
+    def bind(self, kinds: Collection[type[nn.Module]]) -> None:
+        """Assemble the groups again, for attention of these classes that computes the size of its heads from the
+        channels that come in: both then lose the same share."""
+        self._assemble([one for one in self.attentions if one.kind in kinds])
 
     def at(self, layer: str) -> tuple[Group, ...]:
         """The groups that a layer's output channels are in.
@@ -112,21 +117,23 @@ class Coupling:
             raise Unprunable(self.refused.get(layer, "the forward pass does not use it"))
         return found
 
-    def _assemble(self) -> None:
+    def _assemble(self, bound: Sequence[Attention]) -> None:
         trace = self.trace
         self.of = _components(trace)  # label -> unit of the whole network
         self.places = {place: self.of[labels.numpy()] for place, labels in trace.places.items()}
-        rows = [self.of[rows.numpy()] for rows in trace.equal]
-        stuck = _stuck(trace, self.of, rows)
+        tables = [self.of[table.numpy()] for table in trace.equal]
+        weights = [f"{one.layers[0]}.weight" for one in bound]
+        bonds = [np.concatenate([self.places[Place(weight, axis)] for axis in (0, 1)]) for weight in weights]
+        stuck, reasons = _stuck(trace, self.of, [*tables, *bonds])
         owner = {int(labels[0]): place for place, labels in trace.places.items()}
         order = list(dict.fromkeys(owner[int(labels[0])] for labels in trace.produced if int(labels[0]) in owner))
-        self.groups = tuple(_groups(self.places, order, set(stuck), rows, self.of))
+        self.groups = tuple(_groups(self.places, order, stuck < 0, tables, bonds, self.of))
         covered = {producer for group in self.groups for producer in group.producers}
         self.refused: dict[str, str] = {}
         for place in order:
-            reasons = [stuck[unit] for unit in self.places[place].tolist() if unit in stuck]
-            if place.layer not in covered and reasons:
-                self.refused.setdefault(place.layer, reasons[0])
+            why = stuck[self.places[place]]
+            if place.layer not in covered and (why >= 0).any():
+                self.refused.setdefault(place.layer, reasons[int(why[why >= 0][0])])
 
     def mask(self, removed: Mapping[Group, Ints]) -> Tensor:
         """Which labels go, shape (labels,), when the units `removed` of each group go."""
@@ -146,43 +153,39 @@ class Plan:
     def __init__(self, coupling: Coupling) -> None:
         self.coupling = coupling
         self.alive: dict[Place, Ints] = {}
-        self.removed: dict[Group, Ints] = {}
+        self.gone = np.zeros(int(coupling.of.max()) + 1, dtype=bool)  # units of the whole network
 
     def cut(self, group: Group, kept: Sequence[int]) -> tuple[list[Cut], dict[str, dict[str, int]]]:
         """Cuts, and attributes by module, that leave the units `kept` of a group."""
-        self.removed[group] = group.rest(kept)
-        stays = np.ones(group.size, dtype=bool)
-        stays[self.removed[group]] = False
+        fresh = np.zeros_like(self.gone)
+        fresh[self.coupling.of[group.labels.numpy()[group.rest(kept)]]] = True
+        self.gone |= fresh
         alike: defaultdict[tuple[int, int, tuple[int, ...]], list[str]] = defaultdict(list)
-        for member in group.members:
-            place = member.place
+        for place in (member.place for member in group.members):
+            units = self.coupling.places[place]
             was = self.alive.get(place)
-            was = np.arange(len(self.coupling.places[place])) if was is None else was
-            left = ~np.isin(was, member.positions[~stays[member.units]])
+            was = np.arange(len(units)) if was is None else was
+            left = ~fresh[units[was]]
             self.alive[place] = was[left]
-            key = (len(was), place.groups, tuple(np.flatnonzero(left).tolist()))
-            alike[key].append(f"{place.tensor}:{place.axis}")
+            alike[len(was), place.groups, tuple(np.flatnonzero(left).tolist())].append(f"{place.tensor}:{place.axis}")
         cuts = [
             Cut(places=tuple(places), was=was, kept=kept, groups=groups)
             for (was, groups, kept), places in alike.items()
         ]
-        return cuts, self._attributes(group)
+        return cuts, self._attributes(fresh)
 
-    def _attributes(self, group: Group) -> dict[str, dict[str, int]]:
-        """What counts the group's channels on modules that have no tensors to read it from."""
-        gone = self.coupling.mask(self.removed)
-        concerned = set(self.coupling.of[group.labels.numpy()].tolist())
+    def _attributes(self, fresh: NDArray[np.bool_]) -> dict[str, dict[str, int]]:
+        """What counts channels on modules that have no tensors to read it from, where it has changed."""
         found: defaultdict[str, dict[str, int]] = defaultdict(dict)
         for (name, attribute), labels in self.coupling.trace.attributes.items():
-            if not concerned.isdisjoint(self.coupling.of[labels.numpy()].tolist()):
-                found[name][attribute] = int((~gone[labels]).sum())
-        producers = set(group.producers)
+            units = self.coupling.of[labels.numpy()]
+            if fresh[units].any():
+                found[name][attribute] = int((~self.gone[units]).sum())
         for one in self.coupling.attentions:
-            if producers.isdisjoint(one.layers):
-                continue
-            labels = self.coupling.trace.places[Place(f"{one.layers[0]}.weight", 0)]
-            heads = int((~gone[torch.unique(labels)]).sum())
-            found[one.name] |= {attribute: heads * each for attribute, each in one.attributes.items()}
+            units = self.coupling.places.get(Place(f"{one.layers[0]}.weight", 0))
+            if units is not None and fresh[units].any():
+                heads = int((~self.gone[np.unique(units)]).sum())
+                found[one.name] |= {attribute: heads * each for attribute, each in one.attributes.items()}
         return dict(found)
 
 
@@ -247,101 +250,105 @@ def _components(trace: Labels) -> Ints:
     return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
-def _stuck(trace: Labels, of: Ints, rows: Sequence[Ints]) -> dict[int, str]:
-    """Units that must stay, with the first reason."""
-    found = {int(of[0]): "its channels meet padding"}
+def _stuck(trace: Labels, of: Ints, tables: Sequence[Ints]) -> tuple[Ints, list[str]]:
+    """For each unit the number of the reason why it must stay (-1: it need not), and the reasons."""
+    reasons = ["its channels meet padding", "channels that it is bound to by their number must stay"]
+    found = np.full(int(of.max()) + 1, -1, dtype=np.int64)
+    found[of[0]] = 0
     for labels, why in trace.fixed:
-        for unit in np.unique(of[labels.numpy()]).tolist():
-            found.setdefault(unit, why)
-    while True:  # groups of a convolution stay equally large: where one channel must stay, all must
-        size = len(found)
-        for table in rows:
-            units = np.unique(table).tolist()
-            if any(unit in found for unit in units):
-                for unit in units:
-                    found.setdefault(unit, "channels beside it must stay, and a grouped layer cannot lose some only")
-        if len(found) == size:
-            return found
+        units = of[labels.numpy()]
+        found[units[found[units] < 0]] = len(reasons)
+        reasons.append(why)
+    spreading = True
+    while spreading:  # groups of a convolution stay equally large: where one channel must stay, all must
+        spreading = False
+        for table in tables:
+            must = found[table] >= 0
+            if must.any() and not must.all():
+                found[table[~must]] = 1
+                spreading = True
+    return found, reasons
 
 
 def _groups(
-    places: Mapping[Place, Ints], order: Sequence[Place], stuck: set[int], rows: Sequence[Ints], of: Ints
+    places: Mapping[Place, Ints],
+    order: Sequence[Place],
+    free: NDArray[np.bool_],
+    tables: Sequence[Ints],
+    bonds: Sequence[Ints],
+    of: Ints,
 ) -> list[Group]:
-    """Units that are alike, made into groups."""
-    index = {place: number for number, place in enumerate(places)}
-    units = np.concatenate([*places.values(), np.zeros(0, dtype=np.int64)])
-    owners = np.repeat(np.arange(len(places)), [len(one) for one in places.values()])
-    pairs, counts = np.unique(np.stack([units, owners]), axis=1, return_counts=True)
-    signature: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
-    for unit, owner, count in zip(*pairs.tolist(), counts.tolist(), strict=True):
-        if unit not in stuck:
-            signature[unit].append((owner, count))
-    root: dict[int, int] = {}  # unit -> place that makes it first
-    for place in order:
-        for unit in places[place].tolist():
-            if unit not in stuck:
-                root.setdefault(unit, index[place])
-    # units of one root go into one group; so do those of roots whose numbers are bound to each other
-    bound = {number: number for number in root.values()}
-
-    def head(number: int) -> int:
-        while bound[number] != number:
-            number = bound[number]
-        return number
-
-    tables = [table for table in rows if not stuck.intersection(table.ravel().tolist())]
-    for table in tables:
-        heads = sorted({head(root[unit]) for unit in table.ravel().tolist() if unit in root})
-        for other in heads[1:]:
-            bound[other] = heads[0]
-    everything: defaultdict[int, list[int]] = defaultdict(list)
-    for unit in root:
-        everything[head(root[unit])].append(unit)
-    standing: defaultdict[int, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)
-    for number, table in enumerate(tables):
-        for unit in np.unique(table).tolist():
-            standing[unit].append((number, tuple((table == unit).sum(1).tolist())))
+    """Units that are made by the same layer first, or bound to each other by numbers, make a group."""
     names = list(places)
-    made = {index[place] for place in order}
-    label_of = np.zeros(int(of.max()) + 1, dtype=np.int64)
+    index = {place: number for number, place in enumerate(names)}
+    made = [places[place] for place in order]
+    root = np.full(len(free), -1, dtype=np.int64)
+    for place in reversed(order):
+        root[places[place]] = index[place]
+    root[~free] = -1
+    tables = [table for table in tables if free[table].all()]
+    root = _bound(root, [*tables, *(bond for bond in bonds if free[bond].all())])
+    rank = np.full(len(free), -1, dtype=np.int64)  # units in the order in which layers make them
+    for units in reversed(made):
+        rank[units] = np.arange(len(units))
+    alike = _signatures(places, tables, len(free))
+    owners = np.repeat(np.arange(len(names)), [len(one) for one in places.values()])
+    everyone = np.concatenate([*places.values(), np.zeros(0, dtype=np.int64)])
+    pairs = np.unique(root[everyone] * len(names) + owners)
+    touching: defaultdict[int, list[int]] = defaultdict(list)
+    for group, owner in zip((pairs // len(names)).tolist(), (pairs % len(names)).tolist(), strict=True):
+        touching[group].append(owner)
+    label_of = np.zeros(len(free), dtype=np.int64)
     label_of[of[::-1]] = np.arange(len(of))[::-1]
+    grouped: defaultdict[int, list[int]] = defaultdict(list)
+    for unit in np.flatnonzero(root >= 0).tolist():
+        grouped[int(root[unit])].append(unit)
+    makers = {index[place] for place in order}
+    lookup = np.full(len(free), -1, dtype=np.int64)
     found: list[Group] = []
-    for place in order:
-        if index[place] in everything:
-            mine = everything[index[place]]
-            found.append(_group(index[place], mine, signature, standing, places, names, made, label_of))
+    for number in [index[place] for place in order if index[place] in grouped]:
+        units = np.array(grouped[number])
+        first = {unit: at for at, unit in reversed(list(enumerate(places[names[number]].tolist())))}
+        units = np.array(sorted(units.tolist(), key=lambda unit: (first.get(unit, len(first)), rank[unit], unit)))
+        lookup[units] = np.arange(len(units))
+        members: list[Member] = []
+        for owner in sorted(touching[number], key=lambda one: (one != number, one)):
+            mine = np.where(root[places[names[owner]]] == number, lookup[places[names[owner]]], -1)
+            positions = np.flatnonzero(mine >= 0)
+            members.append(Member(names[owner], positions, mine[positions], owner in makers))
+        kinds = alike[units]
+        cells = tuple(np.flatnonzero(kinds == kind) for kind in dict.fromkeys(kinds.tolist()))
+        found.append(Group(names[number].layer, len(units), tuple(members), cells, torch.from_numpy(label_of[units])))
     return found
 
 
-def _group(
-    root: int,
-    units: Sequence[int],
-    signature: Mapping[int, list[tuple[int, int]]],
-    standing: Mapping[int, list[tuple[int, tuple[int, ...]]]],
-    places: Mapping[Place, Ints],
-    names: Sequence[Place],
-    made: set[int],
-    label_of: Ints,
-) -> Group:
-    number = {unit: at for at, unit in enumerate(units)}
-    cells: defaultdict[Any, list[int]] = defaultdict(list)
-    for unit, at in number.items():
-        cells[tuple(signature[unit]), tuple(standing.get(unit, ()))].append(at)
-    touched = sorted({owner for unit in units for owner, _ in signature[unit]}, key=lambda one: (one != root, one))
-    lookup = np.full(len(label_of), -1, dtype=np.int64)
-    lookup[list(number)] = list(number.values())
-    members: list[Member] = []
-    for owner in touched:
-        mine = lookup[places[names[owner]]]
-        positions = np.flatnonzero(mine >= 0)
-        members.append(Member(names[owner], positions, mine[positions], owner in made))
-    return Group(
-        root=names[root].layer,
-        size=len(units),
-        members=tuple(members),
-        cells=tuple(np.array(cell) for cell in cells.values()),
-        labels=torch.from_numpy(label_of[np.array(units)]),
-    )
+def _bound(root: Ints, tables: Sequence[Ints]) -> Ints:
+    """Roots whose units stand in one table become one root, the earlier."""
+    size = int(root.max(initial=0)) + 1
+    left: list[int] = []
+    right: list[int] = []
+    for table in tables:
+        heads = np.unique(root[table])
+        heads = heads[heads >= 0].tolist()
+        left += heads[1:]
+        right += heads[:1] * (len(heads) - 1)
+    if not left:
+        return root
+    links = coo_matrix((np.ones(len(left), dtype=bool), (left, right)), shape=(size, size))
+    together = connected_components(links, directed=False)[1]
+    earliest = np.full(size, size, dtype=np.int64)
+    np.minimum.at(earliest, together, np.arange(size))
+    return np.where(root >= 0, earliest[together[np.maximum(root, 0)]], -1)
+
+
+def _signatures(places: Mapping[Place, Ints], tables: Sequence[Ints], units: int) -> NDArray[np.uint64]:
+    """A number per unit, equal for units that stand in the same places and rows equally often: sums of random numbers
+    (64 bits, so that different ones are equal once in the age of the universe)."""
+    generator = np.random.default_rng(0)
+    found = np.zeros(units, dtype=np.uint64)
+    for standing in (*places.values(), *(row for table in tables for row in table)):
+        np.add.at(found, standing, generator.integers(1, 2**63, dtype=np.uint64) * np.uint64(2) + np.uint64(1))
+    return found
 
 
 def choose(scores: Tensor, cells: Sequence[Sequence[int] | Ints], keep: int) -> list[int]:

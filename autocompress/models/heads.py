@@ -23,6 +23,7 @@ class Attention:
     heads: int
     size: int
     attributes: Mapping[str, int]  # attribute: what it counts per head
+    kind: type[nn.Module]
 
     def units(self, layer: nn.Linear) -> Tensor:
         """The head of each output row."""
@@ -32,8 +33,8 @@ class Attention:
 def attentions(module: nn.Module) -> tuple[Attention, ...]:
     """Attention modules in `module`, told by their attributes; whether these suffice is for a trial cut to find out.
 
-    Known so: `models.attention.Attention`, those of timm with a fused `qkv`, and those of Hugging Face's BERT, RoBERTa,
-    DistilBERT, ViT, DeiT and their kin.
+    Known so: `models.attention.Attention`, those of timm with a fused `qkv`, torchvision's shifted windows, and those
+    of Hugging Face's BERT, RoBERTa, DistilBERT, ViT, DeiT and their kin.
     """
     found = (_attention(name, part) for name, part in module.named_modules())
     return tuple(one for one in found if one is not None)
@@ -54,7 +55,7 @@ def _attention(name: str, part: nn.Module) -> Attention | None:
     size = width // heads
     products = {attribute: size for attribute in PRODUCTS if own.get(attribute) == width}
     prefix = f"{name}." if name else ""
-    return Attention(name, tuple(prefix + layer for layer in layers), heads, size, {count: 1, **products})
+    return Attention(name, tuple(prefix + layer for layer in layers), heads, size, {count: 1, **products}, type(part))
 
 
 def _linear(part: nn.Module, name: str) -> bool:

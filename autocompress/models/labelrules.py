@@ -440,6 +440,8 @@ def convolved(trace: Labels, call: Call, output: Tensor) -> None:
         outer = own.get(rows)
     elif groups == channels and weight.shape[1] == (made // channels if transposed else 1):
         outer = own.get(0)
+        if labels is not None:
+            trace.counts("groups", labels)
         if transposed:
             if made != channels and outer is not None:
                 trace.fix(outer, "a transposed depthwise convolution makes several channels of one")

@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from autocompress.models.attention import Attention
 from autocompress.models.groups import Coupling, Group, choose
 from autocompress.models.labels import Labels
 from autocompress.models.slicing import Mismatch, apply
 from autocompress.tasks import several
 from autocompress.types import Record
 
-SAME = 2e-4
+SAME = 1e-3
 """Largest difference, relative to the largest output, that single precision may explain."""
 EXACT = 1e-6
 """The same in double precision, which decides where single precision does not."""
+
+TRIED = 0.55
+"""Share of a group that a trial cut leaves: an odd one, lest numbers fit by chance."""
 
 Kept = Mapping[Group, Sequence[int]]
 
@@ -32,11 +39,37 @@ def faults(module: nn.Module, coupling: Coupling, kept: Kept, inputs: tuple[Tens
 
     `inputs` are two samples or more, whatever the network takes.
     """
-    bad: dict[Group, str] = {}
-    standing = _Standing(module, coupling, kept, inputs)
-    good = _sift(standing.crashes, [], list(kept), bad)
-    _sift(standing.differs, [], good, bad)
+    trial = _Trial(module, coupling, kept, inputs)
+    if not kept or not trial.differs(list(kept)):
+        return {}
+    bad = _hopeless(trial, list(kept))
+    good = _sift(trial.crashes, [], [group for group in kept if group not in bad], bad)
+    _sift(trial.differs, [], good, bad)
     return bad
+
+
+def couple(module: nn.Module, example: tuple[Tensor, ...]) -> Coupling:
+    """The groups of a module, heads of attention bound to the channels that come in where its code needs that.
+
+    What the network's own code raises passes unchanged.
+    """
+    coupling = Coupling(module, example)
+    needing: set[type[nn.Module]] = set()
+    for kind in dict.fromkeys(one.kind for one in coupling.attentions if one.kind is not Attention):
+        one = next(one for one in coupling.attentions if one.kind is kind)
+        heads = [group for group in coupling.groups if one.layers[0] in group.producers]
+        kept = {group: _some(group, group.size - group.step) for group in heads if group.step < group.size}
+        if kept and _Trial(module, coupling, kept, example).crashes(list(kept)):
+            needing.add(kind)
+    if needing:
+        coupling.bind(needing)
+    return coupling
+
+
+def _some(group: Group, keep: int) -> list[int]:
+    """Some units, here and there: what stays must not look like what was there first."""
+    noise = torch.rand(group.size, generator=torch.Generator().manual_seed(group.size))
+    return choose(noise, group.cells, keep)
 
 
 class Prunable(Record):
@@ -47,10 +80,10 @@ class Prunable(Record):
 
 
 def prunable(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Prunable:
-    """Try to halve every group of a network at once. A network that cannot be followed has none; `.` says why."""
+    """Try to cut every group of a network at once. A network that cannot be followed has none; `.` says why."""
     inputs = several(example)
     try:
-        coupling = Coupling(module, inputs)
+        coupling = couple(module, inputs)
     except Exception as error:  # noqa: BLE001  a stranger's network may raise anything
         return Prunable(roots=(), refused={".": f"it cannot be followed: {type(error).__name__}: {error}"})
     generator = torch.Generator().manual_seed(0)
@@ -61,7 +94,7 @@ def prunable(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Prunabl
         for one in inputs
     )
     kept = {
-        group: choose(torch.zeros(group.size), group.cells, max(group.step, group.size // 2 // group.step * group.step))
+        group: _some(group, max(1, round(TRIED * group.size / group.step)) * group.step)
         for group in coupling.groups
         if group.step < group.size
     }
@@ -71,6 +104,18 @@ def prunable(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Prunabl
         roots=tuple(group.root for group in kept if group not in bad),
         refused=coupling.refused | {group.root: why for group, why in (whole | bad).items()},
     )
+
+
+def _hopeless(trial: _Trial, groups: Sequence[Group]) -> dict[Group, str]:
+    """Groups of layers of the same name (but for numbers) of which the first and the last fail, each by itself."""
+    kinds: defaultdict[str, list[Group]] = defaultdict(list)
+    for group in groups:
+        kinds[re.sub(r"\d+", "#", group.root)].append(group)
+    bad: dict[Group, str] = {}
+    for alike in kinds.values():
+        if len(alike) > 2 and (why := trial.crashes(alike[:1])) and trial.crashes(alike[-1:]):
+            bad |= dict.fromkeys(alike, why)
+    return bad
 
 
 def _sift(
@@ -90,66 +135,73 @@ def _sift(
     return left + _sift(fails, [*base, *left], groups[half:], bad)
 
 
-class _Standing:
+class _Trial:
     """One network and one wish, cut in various ways."""
 
     def __init__(self, module: nn.Module, coupling: Coupling, kept: Kept, inputs: tuple[Tensor, ...]) -> None:
         self.coupling, self.kept = coupling, kept
         self.module, self.inputs = module, inputs
-        self.abstract = self._abstract()
 
     def crashes(self, groups: Sequence[Group]) -> str:
         """Why the smaller network does not run; on tensors without data where it does without."""
-        if self.abstract:
-            return self._run(_bare(self.module), groups, tuple(one.to("meta") for one in self.inputs))
-        return self._run(copy.deepcopy(self.module).eval(), groups, self.inputs)
+        module = _bare(self.module) if self._abstract else copy.deepcopy(self.module).eval()
+        inputs = tuple(one.to("meta") for one in self.inputs) if self._abstract else self.inputs
+        try:
+            self._cut(module, groups)
+            with torch.no_grad():
+                module(*inputs)
+        except Mismatch as error:
+            return f"it cannot be cut: {error}"
+        except Exception as error:  # noqa: BLE001  a stranger's forward may raise anything
+            return f"the network does not run without them: {' '.join(str(error).split())[:160]}"
+        return ""
 
     def differs(self, groups: Sequence[Group]) -> str:
         """How the smaller network differs from the whole one with its channels ignored."""
-        whole = lively(copy.deepcopy(self.module))
-        error = self._error(whole, groups, self.inputs)
-        if not error <= SAME:  # also where it is not a number
-            try:
-                error = self._error(whole.double(), groups, tuple(map(_double, self.inputs))) * SAME / EXACT
-            except (RuntimeError, TypeError):
-                error /= 50  # it insists on single precision, whose errors a deep network multiplies
+        try:
+            error = self._error(groups, double=False)
+            if not error <= SAME:  # also where it is not a number
+                try:
+                    error = self._error(groups, double=True) * SAME / EXACT
+                except (RuntimeError, TypeError):
+                    error /= 50  # it insists on single precision, whose errors a deep network multiplies
+        except Exception as error:  # noqa: BLE001  a stranger's forward may raise anything
+            return f"the network does not run without them: {' '.join(str(error).split())[:160]}"
         if error <= SAME:
             return ""
         if math.isnan(error):
             return "its output is not finite, so a cut cannot be checked"
         return "its channels go another way than they can be followed: cutting them changes what the rest computes"
 
-    def _error(self, whole: nn.Module, groups: Sequence[Group], inputs: tuple[Tensor, ...]) -> float:
+    def _error(self, groups: Sequence[Group], *, double: bool) -> float:
+        """Largest difference between both ways, relative to the largest output."""
         gone = self.coupling.mask({group: group.rest(self.kept[group]) for group in groups})
-        small = copy.deepcopy(whole)
-        self._cut(small, groups)
-        trace = Labels(whole, known=self.coupling.trace.places, gone=gone)
+        network, inputs = lively(copy.deepcopy(self.module)), self.inputs
+        if double:
+            network, inputs = (
+                network.double(),
+                tuple(one.double() if one.is_floating_point() else one for one in inputs),
+            )
         with torch.no_grad():
-            with trace.watching():
-                expected = _tensors(whole(*inputs))
-            found = _tensors(small(*inputs))
+            with Labels(network, known=self.coupling.trace.places, gone=gone).watching():
+                expected = _tensors(network(*inputs))
+            self._cut(network, groups)
+            found = _tensors(network(*inputs))
         if [one.shape for one in expected] != [one.shape for one in found]:
             return math.inf
         return max((_relative(one, other) for one, other in zip(expected, found, strict=True)), default=0.0)
 
     def _cut(self, module: nn.Module, groups: Sequence[Group]) -> None:
-        plan = self.coupling.plan()
+        plan, cuts = self.coupling.plan(), []
+        attributes: dict[str, dict[str, int]] = {}
         for group in groups:
-            cuts, attributes = plan.cut(group, self.kept[group])
-            apply(module, cuts, attributes)
+            found, values = plan.cut(group, self.kept[group])
+            cuts += found
+            for name, mine in values.items():
+                attributes.setdefault(name, {}).update(mine)
+        apply(module, cuts, attributes)
 
-    def _run(self, module: nn.Module, groups: Sequence[Group], inputs: tuple[Tensor, ...]) -> str:
-        try:
-            self._cut(module, groups)
-        except Mismatch as error:
-            return f"it cannot be cut: {error}"
-        try:
-            with torch.no_grad():
-                module(*inputs)
-        except Exception as error:  # noqa: BLE001  a stranger's forward may raise anything
-            return f"the network does not run without them: {' '.join(str(error).split())[:160]}"
-        return ""
-
+    @cached_property
     def _abstract(self) -> bool:
         try:
             with torch.no_grad():
@@ -191,10 +243,6 @@ def lively(module: nn.Module) -> nn.Module:
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.train()
     return module
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _tensors(outputs: object) -> list[Tensor]:

@@ -18,7 +18,7 @@ WIDTHS = ("hidden_dim", "hidden_size", "embed_dim", "attn_dim", "dim", "dim_out"
 """Attributes of containers that hold a number of channels by which their forward pass reshapes."""
 NORMS = ("num_features", "num_channels", "normalized_shape")
 """The same of normalisations without weights."""
-ATTRIBUTES = frozenset((*HEADS, *PRODUCTS, *WIDTHS, *NORMS))
+ATTRIBUTES = frozenset((*HEADS, *PRODUCTS, *WIDTHS, *NORMS, "groups"))
 """What a receipt may set on a module: numbers of heads and channels, nothing else."""
 
 
@@ -116,7 +116,7 @@ def apply(module: nn.Module, cuts: Iterable[Cut], attributes: Mapping[str, Mappi
             held[id(new)] = owners
             for owner, own in owners:
                 setattr(owner, own, new)
-                _update(owner, own, axis)
+                _update(owner, own)
     for name, values in (attributes or {}).items():
         try:
             part = module.get_submodule(name)
@@ -126,6 +126,8 @@ def apply(module: nn.Module, cuts: Iterable[Cut], attributes: Mapping[str, Mappi
             if attribute not in ATTRIBUTES or not hasattr(part, attribute) or type(value) is not int or value < 1:
                 raise Mismatch(f"it cannot set {name}.{attribute} to {value!r}")
             setattr(part, attribute, (value,) if attribute == "normalized_shape" else value)
+            if attribute == "groups":
+                _update(part, "weight")
 
 
 def _of_groups(weight: Tensor, kept: Tensor, cut: Cut) -> Tensor:
@@ -136,12 +138,14 @@ def _of_groups(weight: Tensor, kept: Tensor, cut: Cut) -> Tensor:
     return torch.cat([block.index_select(1, own) for block, own in zip(blocks, positions, strict=True)])
 
 
-def _update(layer: nn.Module, name: str, axis: int) -> None:
+def _update(layer: nn.Module, name: str) -> None:
     """Bring a layer's own numbers in line with its tensors."""
     tensor = getattr(layer, name)
     if isinstance(layer, nn.modules.conv._ConvNd):
         if name == "weight":
-            _update_conv(layer, axis)
+            rows, columns = tensor.shape[:2]
+            sizes = (rows, columns * layer.groups) if layer.transposed else (columns * layer.groups, rows)
+            layer.in_channels, layer.out_channels = sizes
     elif isinstance(layer, nn.Linear):
         if name == "weight":
             layer.out_features, layer.in_features = tensor.shape
@@ -157,13 +161,3 @@ def _update(layer: nn.Module, name: str, axis: int) -> None:
         layer.normalized_shape = tuple(tensor.shape)  # type: ignore[assignment]
     elif name == "weight" and {"nf", "nx"} <= vars(layer).keys():  # transformers' Conv1D
         layer.nx, layer.nf = tensor.shape
-
-
-def _update_conv(conv: nn.modules.conv._ConvNd, axis: int) -> None:
-    rows, columns = conv.weight.shape[:2]
-    if 1 < conv.groups == conv.in_channels and axis == 0:  # depthwise: as many filters per channel as before
-        conv.groups = rows // (1 if conv.transposed else conv.out_channels // conv.in_channels)
-    if conv.transposed:
-        conv.in_channels, conv.out_channels = rows, columns * conv.groups
-    else:
-        conv.in_channels, conv.out_channels = columns * conv.groups, rows

@@ -77,10 +77,9 @@ def sites(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Site
     `prune` is among a site's ops where it is the first producer of its coupled group, `lowrank` where it has no groups,
     `replace` where a dense k x k convolution has a cheaper form.
     """
-    names = _order(module, example)
+    with FlopCounterMode(display=False) as counter:
+        names = _order(module, example)
     cuts = prunable(module, example)
-    with still(module), FlopCounterMode(display=False) as counter:
-        module(*several(example))
     flops = counter.get_flop_counts()
     prefix = type(module).__name__
     found: list[Site] = []

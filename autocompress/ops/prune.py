@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.models.groups import Coupling, Group, Unprunable, choose, is_depthwise
-from autocompress.models.proof import faults
+from autocompress.models.proof import couple, faults
 from autocompress.models.slicing import Cut, Mismatch, apply
 from autocompress.models.trace import count, examples
 from autocompress.ops import Phase
@@ -66,7 +66,7 @@ class Prune:
         if not wishes:
             return Receipt(op=self.name)
         try:
-            coupling = Coupling(subject, examples(task.input))
+            coupling = couple(subject, examples(task.input))
         except Exception as error:  # a stranger's network may raise anything
             raise TrialFailure(f"prune: the network cannot be followed: {type(error).__name__}: {error}") from error
         verdicts = [_Verdict(subject, coupling, rule, wished) for rule, wished in wishes]
@@ -159,14 +159,14 @@ class _Verdict:
         self.instead = {group.root: score.instead for group, score in found.items() if score.instead}
         ratios = _global_ratios(found, self.wish.ratio) if self.wish.scope == "global" else {}
         for group, score in found.items():
-            units = multiple // math.gcd(multiple, group.width)  # a head may be several multiples wide
+            units = group.step * (multiple // math.gcd(multiple, group.width))  # a head may be several multiples wide
             keep = keep_count(group.size, ratios.get(group, self.wish.ratio), group.step, units)
             if self.wish.scope == "global":
                 least = max(math.ceil(group.size * LEAST), min(units, group.size))
                 keep = max(keep, min(group.size, math.ceil(least / group.step) * group.step))
             if keep == group.size:
-                what = f"{group.size} channels" if group.width == 1 else f"{group.size} units of {group.width} channels"
-                self.reasons.append(f"{self.wish.ratio:g} of {what} is less than what can be cut at a time")
+                what = f"{self.wish.ratio:g} of {group.channels} channels"
+                self.reasons.append(f"{what} is less than what can be cut at a time")
                 continue
             self.kept[group] = choose(score.values, group.cells, keep)
 
@@ -228,7 +228,7 @@ def _global_ratios(found: Mapping[Group, Scores], ratio: float) -> dict[Group, f
     groups = list(found)
     values = torch.cat([found[group].values / found[group].values.mean().clamp_min(1e-12) for group in groups])
     owner = torch.cat([torch.full((group.size,), at) for at, group in enumerate(groups)])
-    width = torch.tensor([float(group.width) for group in groups])[owner]
+    width = torch.tensor([group.channels / group.size for group in groups])[owner]
     order = torch.argsort(values, stable=True)
     spent = width[order].cumsum(0)
     gone = owner[order[spent <= ratio * float(width.sum()) + 1e-6]]
