@@ -36,7 +36,7 @@ Places = dict[str, tuple[Site, ...]]
 """Path -> the sites that one gene there stands for."""
 
 
-def file(builder: Builder, task: Task, *, multiple: int = 1) -> SpaceFile:
+def file(builder: Builder, task: Task | None = None, *, multiple: int = 1) -> SpaceFile:
     """The derived space as its YAML file writes it."""
     return written(space(builder, task, multiple=multiple), builder)
 
@@ -46,7 +46,7 @@ def written(derived: Space, builder: Builder) -> SpaceFile:
     return spacefile.of(derived, builder.name, ABOUT, sites=builder.sites())
 
 
-def space(builder: Builder, task: Task, *, multiple: int = 1) -> Space:  # noqa: ARG001  a task has no say as yet
+def space(builder: Builder, task: Task | None = None, *, multiple: int = 1) -> Space:  # noqa: ARG001  it has no say yet
     """The genes that make sense for this network; `multiple` is the targets' largest channel multiple.
 
     Architecture first, then blocks, then each op's sites from input to output, then the training's recipe.

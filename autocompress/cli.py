@@ -216,6 +216,74 @@ def apply(
     typer.echo(str(done))
 
 
+Shape = Annotated[
+    str | None,
+    typer.Option(metavar="C,H,W", help="What a network given by name is fed; its own usual input if left out."),
+]
+Classes = Annotated[int | None, typer.Option(min=1, help="Classes of a network given by name.")]
+Force = Annotated[bool, typer.Option("--force", help="Write over a file that is there.")]
+
+
+@app.command(epilog="Example: autocompress init torchvision:resnet18 --classes 10 --out job.yaml")
+def init(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="torchvision:NAME, timm:NAME, hf:FOLDER, convnet or package:function."),
+    ],
+    task: Annotated[str | None, typer.Option(help="images, text, digits or package:class.")] = None,
+    shape: Shape = None,
+    classes: Classes = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write it; else it is printed.")] = None,
+    force: Force = False,
+) -> None:
+    """Write a job file to start from: everything that can be said of MODEL, comments for what you fill in."""
+    from autocompress.start import job_text, write_new
+
+    text = job_text(model, task=task, shape=_sizes(shape), classes=classes, file=str(out or "job.yaml"))
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    write_new(out, text, force=force)
+    typer.echo(f"{out} is written; fill in what its comments say, then: autocompress check {out}")
+
+
+@app.command(epilog="Example: autocompress space torchvision:resnet18 --out mine.yaml")
+def space(
+    model: Annotated[str, typer.Argument(metavar="MODEL|JOB", help="A network's name as for `init`, or a job file.")],
+    shape: Shape = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the input: float32, or int64 for tokens.")] = None,
+    classes: Classes = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Whose threads and batch to time with (default local-1t).")
+    ] = None,
+    time: Annotated[bool, typer.Option("--time/--no-time", help="Export it and time every site here.")] = True,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the space to this YAML file.")] = None,
+    force: Force = False,
+) -> None:
+    """Show a network's sites (shapes, parameters, multiply-adds, share of the latency, ops) and its search space."""
+    from autocompress import auto, sitetable, spacefile
+    from autocompress.start import subject, write_new
+
+    if out is not None and out.exists() and not force:
+        write_new(out, "", force=False)  # said before anything is computed
+    found = subject(model, shape=_sizes(shape), dtype=dtype, classes=classes, profile=profile)
+    console = Console()
+    figures = sitetable.figures(found.builder, found.spec, found.profile if time else None)
+    console.print(sitetable.show(figures, console.width, found.builder.name, found.space))
+    if out is not None:
+        write_new(out, spacefile.text(auto.written(found.space, found.builder)), force=force)
+        console.print(f"{out} is written; name it in a job's `space`", highlight=False)
+
+
+def _sizes(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.replace("x", ",").split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"--shape {text!r}: give sizes without the batch, e.g. 3,224,224")
+    return tuple(int(part) for part in parts)
+
+
 @app.command(epilog="Example: autocompress spaces convnet > mine.yaml")
 def spaces(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one's file.")] = None) -> None:
     """List the search spaces that come with the package, or show one as a start for your own."""

@@ -52,14 +52,14 @@ def _typed(values: tuple[Choice, ...]) -> _Typed:
 
 def text(file: SpaceFile) -> str:
     """YAML that a person can edit; sites in full, as globs would say more than was found."""
-    lines = [f"name: {_flow(file.name)}"]
-    lines += [f"about: {_flow(file.about)}"] if file.about else []
-    lines += [f"builder: {_flow(file.builder)}"]
+    lines = [f"name: {flow(file.name)}"]
+    lines += [f"about: {flow(file.about)}"] if file.about else []
+    lines += [f"builder: {flow(file.builder)}"]
     if file.arch:
         lines += ["", "arch:  # the first choice is the network's own"]
     for name, knob in file.arch.items():
         value = {"choices": list(knob.choices), "when": _lists(knob.when)} if knob.when else list(knob.choices)
-        lines.append(f"  {_flow(name)}: {_flow(value)}")
+        lines.append(f"  {flow(name)}: {flow(value)}")
     if file.policy:
         lines += ["", "policy:  # the first choice leaves a site alone; a module's name stands for all sites under it"]
     last = ""
@@ -75,10 +75,10 @@ def _row(row: Row) -> list[str]:
     value = {"op": row.op, "param": row.param, "choices": list(row.choices)}
     value |= {"when": _lists(row.when)} if row.when else {}
     value["sites"] = row.sites[0] if len(row.sites) == 1 else list(row.sites)
-    whole = _flow(value)
+    whole = flow(value)
     if "\n" not in whole:
         return [f"  - {whole}"]
-    first, *others = (f"{key}: {_flow(part)}" for key, part in value.items())
+    first, *others = (f"{key}: {flow(part)}" for key, part in value.items())
     return [f"  - {first}", *(f"    {other}" for other in others)]
 
 
@@ -86,9 +86,10 @@ def _lists(when: dict[str, tuple[Choice, ...]]) -> dict[str, Any]:
     return {key: values[0] if len(values) == 1 else list(values) for key, values in when.items()}
 
 
-def _flow(value: object) -> str:
+def flow(value: object) -> str:
+    """A value as YAML on one line, or on few."""
     dumped = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=96, allow_unicode=True)
-    return dumped.removesuffix("...\n").strip().replace("\n", "\n     ")
+    return dumped.removesuffix("...\n").removesuffix("\n").replace("\n", "\n     ")
 
 
 class _Dumper(yaml.SafeDumper):

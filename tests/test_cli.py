@@ -1,15 +1,20 @@
+import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from autocompress import cli
-from autocompress.types import LimitError, TrialFailure, UserError
+from autocompress import cli, load, parts, reader, sitetable
+from autocompress.devices.profiler import Times
+from autocompress.tasks import InputSpec
+from autocompress.types import Job, LimitError, Site, TrialFailure, UserError
 
-COMMANDS = ("search", "resume", "report", "measure", "apply", "spaces", "profiles", "check")
+COMMANDS = ("search", "resume", "report", "measure", "apply", "spaces", "profiles", "check", "init", "space")
 ROOT = Path(__file__).parent.parent
 
 
@@ -143,3 +148,141 @@ def test_check_says_what_a_search_will_take(tmp_path):
     for told in ("space", "trials", "min", "MB"):
         assert told in result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
+
+
+# --- init and space -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    """A user's own module `nets`, found in the current folder."""
+    (tmp_path / "nets.py").write_text(
+        "import torch\nfrom torch import nn\n\n\n"
+        "def small(num_classes=10):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(), "
+        "nn.Linear(32 * 144, num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    return "nets:small"
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False, env={"COLUMNS": "100"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["convnet"], {"task": "digits"}),
+        (["torchvision:resnet18", "--classes", "7"], {"task": "images", "data": {"size": 224}}),
+        (["nets:small", "--shape", "3,16,16"], {"task": "images", "data": {"size": 16}}),
+        (["nets:small", "--task", "text", "--shape", "32"], {"task": "text", "data": {"length": 32}}),
+        (["nets:small", "--task", "mine:Task"], {"task": "mine:Task", "data": {}}),
+    ],
+)
+def test_init_writes_a_job_that_is_read(network, arguments, told, tmp_path):
+    out = tmp_path / "new.yaml"
+    result = invoke("init", *arguments, "--out", str(out))
+    assert result.exit_code == 0
+    assert f"autocompress check {out}" in result.output
+    job = load.job(out)
+    assert job.model.builder == arguments[0]
+    assert job.space == "auto"
+    assert job.devices[0].profile == "local-1t"
+    assert job.task == told["task"]
+    assert told.get("data", {}).items() <= job.data.items()
+    assert job.model.options == ({"num_classes": 7} if "--classes" in arguments else {})
+    assert load.job(out) == reader.check(*_parsed(invoke("init", *arguments).output))
+
+
+def _parsed(text: str):
+    data, lines = reader.parse(text, "new.yaml")
+    return data, Job, "new.yaml", lines
+
+
+def test_init_never_writes_over_a_file_unless_told(tmp_path):
+    out = tmp_path / "job.yaml"
+    out.write_text("mine")
+    with pytest.raises(UserError, match="is there already"):
+        invoke("init", "convnet", "--out", str(out))
+    assert out.read_text() == "mine"
+    invoke("init", "convnet", "--out", str(out), "--force")
+    assert "space: auto" in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["init", "convnett"], "unknown builder 'convnett'; did you mean 'convnet'?"),
+        (["init", "convnet", "--task", "digit"], "unknown task 'digit'; did you mean 'digits'?"),
+        (["init", "convnet", "--shape", "a,b"], "give sizes without the batch"),
+        (["space", "nets:small"], "say what it is fed, e.g. --shape 3,32,32"),
+        (["space", "nowhere.yaml"], "no such file"),
+        (["space", "nets:small", "--shape", "3,16,16", "--profile", "nowhere"], "unknown hardware profile"),
+    ],
+)
+def test_what_init_and_space_cannot_do_is_said(network, arguments, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        invoke(*arguments)
+
+
+def test_space_shows_sites_and_writes_a_space_that_is_read(network, tmp_path):
+    out = tmp_path / "mine.yaml"
+    arguments = [network, "--shape", "3,16,16", "--classes", "5", "--out", str(out)]
+    shown = invoke("space", *arguments).output
+    for told in ("conv 3", "32\u00d714\u00b2", "time", "by torch", "by thop", "prune", "ms a run here", "genes"):
+        assert told in shown, told
+    builder = parts.make_builder(network, InputSpec(shape=(3, 16, 16)), {"num_classes": 5})
+    written = load.space(out, builder)
+    assert {gene.site for gene in written.genes if gene.op == "quantize"} == {"0", "2", "4"}
+    with pytest.raises(UserError, match="is there already"):
+        invoke("space", *arguments)
+    plain = invoke("space", *arguments, "--no-time", "--force").output
+    assert "time" not in plain.splitlines()[2]
+
+
+def test_space_of_a_job_is_the_jobs(network, tmp_path):
+    (tmp_path / "digits.yaml").write_text(
+        "task: digits\nmodel: convnet\nspace: convnet\ndevices: [{profile: local-1t}]\nout: runs/x\n"
+    )
+    shown = invoke("space", "digits.yaml", "--no-time").output
+    assert "space convnet:" in shown
+    assert "stages.2.1.conv2" in shown
+    with pytest.raises(UserError, match="leave --shape"):
+        invoke("space", "digits.yaml", "--shape", "3,8,8")
+
+
+@pytest.mark.parametrize("width", [60, 80, 103, 104, 120, 200])
+def test_the_table_fits_the_terminal(width):
+    sites = tuple(
+        Site(name=f"encoder.layers.{n}.self_attention.projection", kind=kind, ops=("prune", "quantize"), macs=10**n)
+        for n, kind in enumerate(["conv", "block", "depthwise", "linear"])
+    )
+    lines = tuple(sitetable.Line(site, (64, 56, 56), (128, 28, 28), 10**9, 0.5) for site in sites)
+    found = sitetable.Figures(lines, 10**7, 10**9, 10**9, Times({"a": 2.0}, 1.0))
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(sitetable.show(found, width, "net"))
+    text = console.export_text()
+    table = text.split("layers, ")[0]
+    assert max(map(len, table.rstrip().splitlines())) <= width
+    assert "16.7 %" in text
+    assert "jection" in text
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.00k"),
+        (9999, "10.0k"),
+        (99_960, "100k"),
+        (999_900, "1.00M"),
+        (4_089_184_256, "4.09G"),
+    ],
+)
+def test_numbers_are_short(number, told):
+    assert sitetable.short(number) == told
+    assert len(told) <= 5

@@ -14,8 +14,11 @@ from torch import nn
 
 from autocompress.registry import optional
 from autocompress.shelves import suggest
+from autocompress.tasks import InputSpec
 from autocompress.types import UserError
 from autocompress.vision import import_torchvision
+
+PICTURE, TOKENS = (3, 224, 224), 128  # what networks are fed that do not say it themselves
 
 
 def torchvision(name: str, **options: Any) -> nn.Module:
@@ -44,6 +47,30 @@ def timm(name: str, **options: Any) -> nn.Module:
     if not library.is_model(name):
         raise UserError(f"timm has no network {name!r}; {suggest(name, library.list_models())}")
     return library.create_model(name, **{"pretrained": False, "exportable": True, **options})
+
+
+def usual_input(name: str, options: Mapping[str, Any]) -> InputSpec | None:
+    """What a named network is fed where no task says so: pictures of its own size, tokens; None where that is open."""
+    source, _, rest = name.partition(":")
+    if source == "torchvision":
+        return InputSpec(shape=PICTURE)
+    if source == "timm":
+        import_torchvision()
+        library = optional("timm", f"model {name!r}")
+        found = library.get_pretrained_cfg(rest) if library.is_model(rest) else None
+        return InputSpec(shape=tuple(found.input_size) if found else PICTURE)
+    if source == "hf":
+        import_torchvision()
+        library = optional("transformers", f"model {name!r}")
+        with _quiet(library.utils.logging):
+            config = _config(library, rest, options)
+        if config.model_type not in _names(library, "IMAGE"):
+            length = min(TOKENS, getattr(config, "max_position_embeddings", TOKENS))
+            return InputSpec(name="input_ids", shape=(length,), dtype="int64", layout="NT")
+        size = getattr(config, "image_size", PICTURE[-1])
+        sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        return InputSpec(shape=(getattr(config, "num_channels", PICTURE[0]), *sides))
+    return None
 
 
 def hugging_face(where: str, **options: Any) -> nn.Module:

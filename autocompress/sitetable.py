@@ -1,0 +1,218 @@
+"""What a network consists of, as `autocompress space` prints it: sites, shapes, work, time, ops (floor F5)."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import thop
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from autocompress import export, latency
+from autocompress.devices.profiler import Times, site_latency
+from autocompress.models import Builder
+from autocompress.models.trace import count, examples
+from autocompress.space import cardinality
+from autocompress.summary import DASH, TIMES
+from autocompress.tasks import InputSpec, several
+from autocompress.types import Profile, Site, Space
+
+CODES = {
+    "block": "B",
+    "replace": "R",
+    "prune": "P",
+    "lowrank": "L",
+    "sparsify": "S",
+    "qat": "T",
+    "quantize": "Q",
+    "store": "C",
+}
+"""One letter per op in the table."""
+WIDE = 104  # columns from which all is shown
+GAP, LEAST = 2, 12  # columns between columns, and at least for names
+
+
+@dataclass(frozen=True)
+class Line:
+    """One site; a block's figures are those of the layers in it."""
+
+    site: Site
+    inputs: tuple[int, ...] = ()  # of one example; empty for a block and for what the forward pass does not reach
+    outputs: tuple[int, ...] = ()
+    thop: int | None = None  # multiply-adds
+    ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A network's sites and totals. Multiply-adds are those of one example, `ms` of one run of `batch` examples."""
+
+    lines: tuple[Line, ...]
+    parameters: int
+    macs: int  # by torch's FlopCounterMode
+    thop: int
+    times: Times | None = None
+
+    def share(self, line: Line) -> float | None:
+        """Of the measured latency."""
+        return None if line.ms is None or self.times is None else line.ms / self.times.total
+
+
+def figures(builder: Builder, spec: InputSpec, profile: Profile | None = None, *, opset: int = 17) -> Figures:
+    """Trace the parent; with a profile, export it and see where onnxruntime spends its time on this machine.
+
+    Raises UserError if the network cannot run on `spec`, TrialFailure if it cannot be exported.
+    """
+    sites = builder.sites()
+    with torch.random.fork_rng(devices=[]):
+        module = builder.build({})
+    _, used = latency.run(module, examples(spec))
+    seen = {one.name: one for one in reversed(used)}  # the first call of each
+    thop_macs, layers = _by_thop(module, spec)
+    times = None
+    if profile is not None:
+        exported = export.export(module, spec, opset=opset)
+        part = exported.parts[0]
+        times = site_latency(part.model, part.nodes, profile.threads, batch=profile.batch)
+    lines: list[Line] = []
+    for site in sites:
+        held = [name for name in seen if site.name in (name, ".") or name.startswith(f"{site.name}.")]
+        ms = sum(times.sites.get(name, 0.0) for name in held) if times else None
+        mine = seen.get(site.name)
+        lines.append(
+            Line(
+                site=site,
+                inputs=mine.layer.shape if mine else (),
+                outputs=mine.layer.output if mine else (),
+                thop=sum(layers.get(name, 0) for name in held) if held else None,
+                ms=ms,
+            )
+        )
+    macs, parameters = count(module, examples(spec))
+    return Figures(tuple(lines), parameters, macs, thop_macs, times)
+
+
+def _by_thop(module: nn.Module, spec: InputSpec) -> tuple[int, dict[str, int]]:
+    """thop's multiply-adds: of the network, and by layer."""
+    copied = copy.deepcopy(module)  # thop leaves buffers behind
+    with torch.no_grad():
+        found: Any = thop.profile(copied, inputs=several(examples(spec)), verbose=False, ret_layer_info=True)
+    layers: dict[str, int] = {}
+
+    def walk(prefix: str, inner: Mapping[str, Any]) -> None:
+        for name, (macs, _, deeper) in inner.items():
+            path = f"{prefix}.{name}" if prefix else name
+            layers[path] = round(macs)
+            walk(path, deeper)
+
+    walk("", found[2])
+    return round(found[0]), layers
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+def show(found: Figures, width: int, title: str, space: Space | None = None) -> RenderableType:
+    """The table for a terminal of `width` columns, totals and the space's size under it."""
+    wide = width >= WIDE
+    layers = [line.site for line in found.lines if line.site.kind != "block"]
+    shared = [op for op in CODES if layers and all(op in site.ops for site in layers)]
+    heads = ["kind", "in \u2192 out" if wide else "out", "params", "MACs", *(["thop"] if wide else [])]
+    heads += [*(["time"] if found.times is not None else []), "ops"]
+    rows = [_cells(found, line, wide, shared) for line in found.lines]
+    others = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    room = max(width - sum(others) - GAP * len(others), LEAST)
+    table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("site", no_wrap=True, max_width=room)
+    for head in heads:
+        right = head in ("params", "MACs", "thop", "time")
+        table.add_column(head, justify="right" if right else "left", no_wrap=True, overflow="ellipsis")
+    for line, cells in zip(found.lines, rows, strict=True):
+        table.add_row(shorten(line.site.name, room), *cells, style="bold" if line.site.kind == "block" else None)
+    return Group(Text(title, style="bold"), Text(), table, Text(), *_below(found, shared, space))
+
+
+def _cells(found: Figures, line: Line, wide: bool, shared: Sequence[str]) -> list[str]:
+    site, share = line.site, found.share(line)
+    cells = [kind(site), shapes(line) if wide else shape(line.outputs), short(site.parameters), short(site.macs)]
+    if wide:
+        cells.append(DASH if line.thop is None else short(line.thop))
+    if found.times is not None:
+        cells.append(DASH if share is None else f"{100 * share:.1f} %")
+    return [*cells, letters(site, shared)]
+
+
+def _below(found: Figures, shared: Sequence[str], space: Space | None) -> list[RenderableType]:
+    layers = [line for line in found.lines if line.site.kind != "block"]
+    macs = f"{short(found.macs)} MACs by torch, {short(found.thop)} by thop"
+    said = [f"{len(layers)} layers, {short(found.parameters)} parameters, {macs}"]
+    if found.times is not None:
+        rest = found.times.rest / found.times.total
+        said.append(f"{found.times.total:.3g} ms a run here, {100 * rest:.0f} % of it outside these layers")
+    some = [op for op in CODES if op not in shared and any(op in line.site.ops for line in found.lines)]
+    if some:
+        said.append("ops: " + ", ".join(f"{CODES[op]} {op}" for op in some))
+    if shared:
+        said.append(f"at every layer: {', '.join(shared)}")
+    if space is not None:
+        said.append(summary(space))
+    return [Text(line) for line in said]
+
+
+def summary(space: Space) -> str:
+    """One line: how many genes of what, and how many candidates they make."""
+    asked = Counter(gene.op or "arch" for gene in space.genes)
+    size = cardinality(space)
+    many = f"{size}" if size < 10**6 else f"10^{len(str(size)) - 1}"
+    return f"space {space.name}: {len(space.genes)} genes ({_listed(asked)}), about {many} candidates"
+
+
+def _listed(asked: Mapping[str, int]) -> str:
+    return ", ".join(f"{op} {number}" for op, number in asked.items())
+
+
+def kind(site: Site) -> str:
+    """Kind and kernel: `conv 3x3`, `linear`."""
+    return f"{site.kind} {site.kernel}{TIMES}{site.kernel}" if site.kernel > 1 else site.kind
+
+
+def shapes(line: Line) -> str:
+    """What goes in and comes out."""
+    return f"{shape(line.inputs)} \u2192 {shape(line.outputs)}" if line.inputs else DASH
+
+
+def shape(sizes: Sequence[int]) -> str:
+    """Channels and sides, a square as its side squared."""
+    if len(sizes) == 3 and sizes[1] == sizes[2]:
+        return f"{sizes[0]}{TIMES}{sizes[1]}\u00b2" if sizes[1] > 1 else str(sizes[0])
+    return TIMES.join(map(str, sizes)) or DASH
+
+
+def letters(site: Site, shared: Sequence[str] = ()) -> str:
+    """The ops that can act, one letter each; not those that can act at every layer."""
+    return "".join(code for op, code in CODES.items() if op in site.ops and op not in shared)
+
+
+def short(number: float) -> str:
+    """At most five characters: `864`, `2.36k`, `118M`."""
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * unit:
+            value = number / unit
+            digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+            return f"{value:.{digits}f}{letter}"
+    return f"{number:.0f}"
+
+
+def shorten(name: str, room: int) -> str:
+    """A long name without its middle: the end says most."""
+    if len(name) <= room:
+        return name
+    head = max((room - 1) // 3, 1)
+    return f"{name[:head]}\u2026{name[-(room - 1 - head) :]}"
