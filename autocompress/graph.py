@@ -74,9 +74,8 @@ def _settle_sizes(model: onnx.ModelProto, example: Mapping[str, NDArray[Any]]) -
         return
     resized = [node.input[0] for node, _ in asking if node.op_type == "Resize"]
     wanted = list(dict.fromkeys((*(node.input[place] for node, place in asking), *resized)))
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    replace(probe.graph.output, [onnx.ValueInfoProto(name=name) for name in wanted if name not in example])
+    probe = _weightless(model, derived)
+    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in example)
     names = [output.name for output in probe.graph.output]
     probing = open_session(write(probe))
     found: list[dict[str, NDArray[Any]]] = []
@@ -120,6 +119,24 @@ def _of_shapes(model: onnx.ModelProto, constants: set[str]) -> set[str]:
         if node.op_type == "Shape" or (settled and not random and not _has_graph(node)):
             derived.update(filter(None, node.output))
     return derived
+
+
+def _weightless(model: onnx.ModelProto, derived: set[str]) -> onnx.ModelProto:
+    """The graph without outputs, zeros for weights: large ones would be copied three times, and sizes ask for none."""
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
+    graph = light.graph
+    graph.name = "sizes"
+    graph.input.extend(model.graph.input)
+    kept = {name for node in model.graph.node for name in node.input if derived.intersection(node.output)}
+    for tensor in model.graph.initializer:
+        if tensor.name in kept or tensor.data_type != onnx.TensorProto.FLOAT or np.prod(tensor.dims) < 4096:
+            graph.initializer.append(tensor)
+        else:
+            shape = f"{tensor.name}.shape"
+            graph.initializer.append(numpy_helper.from_array(np.array(tensor.dims, np.int64), shape))
+            graph.node.append(helper.make_node("ConstantOfShape", [shape], [tensor.name]))
+    graph.node.extend(model.graph.node)
+    return light
 
 
 def _has_graph(node: onnx.NodeProto) -> bool:
@@ -237,7 +254,7 @@ def write(model: onnx.ModelProto) -> bytes:
 
 def types_of(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
     """Element type and shape of every tensor that they can be inferred for, large weights not being copied."""
-    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     graph = light.graph
     graph.name = "types"
     graph.node.extend(model.graph.node)

@@ -326,6 +326,13 @@ def test_a_wrong_row_is_named_with_its_line(tmp_path, body, told):
     assert told in text.replace("arch.depth.choices:", "arch.depth: choices:")
 
 
+def test_settings_of_the_whole_network_stand_at_its_dot(tmp_path):
+    found = genes(space(tmp_path, "policy:\n  - {sites: ., op: quantize, param: equalize, choices: [false, true]}\n"))
+    assert [(gene.site, gene.op, gene.param) for gene in found.values()] == [(".", "quantize", "equalize")]
+    with pytest.raises(UserError, match="acts on single sites"):
+        space(tmp_path, "policy:\n  - {sites: ., op: quantize, param: bits, choices: [float, int8]}\n")
+
+
 def test_what_a_strangers_builder_raises_is_one_line(tmp_path, monkeypatch):
     def build(_self, arch):
         raise ZeroDivisionError(f"{len(arch)} knob\nmore")

@@ -310,7 +310,7 @@ def rebuilt(
     model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], added: Iterable[onnx.TensorProto]
 ) -> onnx.ModelProto:
     """A graph of the same inputs and outputs with other nodes; constants that nothing reads are left out."""
-    fresh = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    fresh = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     fresh.producer_name, fresh.producer_version = model.producer_name, model.producer_version
     graph = fresh.graph
     graph.name = model.graph.name
