@@ -27,6 +27,7 @@ from autocompress.models.trace import examples, thop_count
 from autocompress.ops import Op, Phase, TrainOp
 from autocompress.pareto import meets, over_every_budget
 from autocompress.tasks import Predict, Task, several
+from autocompress.tasks.recipe import recipe
 from autocompress.train import Training, reestimate_batchnorm
 from autocompress.types import (
     Arch,
@@ -49,6 +50,7 @@ from autocompress.types import (
 STRUCTURE_ORDER = ("block", "replace", "prune", "lowrank")  # low rank last: a rank is a fraction of the pruned shape
 TRAIN_ORDER = ("sparsify", "qat")  # what is rounded is what the masks have left
 NUMERIC_ORDER = ("quantize", "store")  # what is stored are the weights that compute
+FINE_RATE, MASKED_RATE = 1 / 40, 1 / 8  # of the recipe's rate, for weights that are the parent's, and with some at zero
 PERSISTENCE = 1  # further tries at a noisy reading of a candidate that is fully trained
 BATCHNORM_BATCHES = 8
 FIRST_LOOK = 32  # calibration images for the latency-first file: ranges do not change its speed
@@ -156,12 +158,14 @@ class FirstLook:
 class Shaped:
     """A candidate's torch module after structure ops, with the receipts that made it.
 
-    `instruments` are the receipts of train ops whose instruments the module carries until it is settled.
+    `instruments` are the receipts of train ops whose instruments the module carries until it is settled. `intact`
+    says that layers and weights are the parent's.
     """
 
     module: nn.Module
     receipts: tuple[Receipt, ...]
     instruments: tuple[Receipt, ...] = ()
+    intact: bool = False
 
     def settle(self, work: Work) -> Settled:
         """The network as it ships, now: a copy without instruments, and what they have learned so far."""
@@ -253,10 +257,11 @@ def shape(
         receipts.append(receipt.model_copy(update={"op": name}))  # a plug-in goes by its module:attr
         look(name, module)
     # The parent's own statistics are of augmented images: estimated anew they cost an untouched ResNet-56 1.3 points.
-    if changes_structure(work, candidate.arch, receipts):
+    changed = changes_structure(work, candidate.arch, receipts)
+    if changed:
         reestimate_batchnorm(module, work.task, BATCHNORM_BATCHES, pause=work.gate.step)
         look("batch norm", module)
-    return Shaped(module, tuple(receipts), instrument(work, module, candidate.policy))
+    return Shaped(module, tuple(receipts), instrument(work, module, candidate.policy), intact=not changed)
 
 
 def changes_structure(work: Work, arch: Arch, receipts: Sequence[Receipt]) -> bool:
@@ -354,6 +359,19 @@ def distillation(policy: Policy) -> Distillation:
     return Distillation()
 
 
+def rate(work: Work, shaped: Shaped) -> float:
+    """The highest learning rate of a candidate's training: the recipe's, less where the parent's weights are intact.
+
+    Two epochs over 5,000 images cost a trained CIFAR ResNet-20 5.8 points at the recipe's 0.08, 0.6 at 0.01, none at
+    0.002; with 70 % of its weights at zero 4.6 at 0.08, 2.7 at 0.02 and at 0.01, 3.0 at 0.003.
+    """
+    full = recipe(work.task).lr
+    if not shaped.intact:
+        return full
+    acting = {receipt.op for receipt in shaped.instruments for entry in receipt.entries if entry.status == "done"}
+    return full * (FINE_RATE if acting <= {"qat"} else MASKED_RATE)
+
+
 def training(work: Work, shaped: Shaped, policy: Policy, seed: int) -> Training:
     """Fine-tuning of a candidate, with the parent as teacher where the policy asks for distillation."""
     taught = distillation(policy)
@@ -366,6 +384,7 @@ def training(work: Work, shaped: Shaped, policy: Policy, seed: int) -> Training:
         weight=taught.weight,
         temperature=taught.temperature,
         kind=taught.kind,
+        lr=rate(work, shaped),
         pause=work.gate.step,
         instruments=tuple((train_op(work, receipt), receipt) for receipt in shaped.instruments),
     )
@@ -545,7 +564,8 @@ class _Path:
         module = reshape(self.work.builder, self.work.ops, candidate.arch, checkpoint.receipts)
         for receipt in checkpoint.instruments:
             train_op(self.work, receipt).enact(module, receipt)
-        shaped = Shaped(module, checkpoint.receipts, checkpoint.instruments)
+        intact = not changes_structure(self.work, candidate.arch, checkpoint.receipts)
+        shaped = Shaped(module, checkpoint.receipts, checkpoint.instruments, intact)
         trainer = training(self.work, shaped, candidate.policy, self.assignment.seed)
         trainer.load(self.files.get(checkpoint.training))
         self.readings, self.keys = dict(checkpoint.readings), dict(checkpoint.keys)
