@@ -52,6 +52,8 @@ MODEL, WEIGHTS, POLICY, MANIFEST, INFER = (
     "manifest.json",
     "infer.py",
 )
+STORED, OPTIMIZED = "model.store", "optimized.onnx"
+"""Beside the model: its weights as a `store` rule packs them, and the file as onnxruntime runs it on this host."""
 _VARIANT = re.compile(r"model-[A-Za-z0-9._-]+\.onnx")
 _SHOWN = 3  # differences listed before "and N more"
 _R = TypeVar("_R", bound=Record)
@@ -112,6 +114,7 @@ class Manifest(Record):
     exporter: str = ""
     opset: int = 0
     parity: float | None = None  # relative error of the float file against torch
+    fused: dict[str, int] = {}  # nodes that onnxruntime's optimizer makes (positive) of those that go (negative)
     job: dict[str, Any] = {}
 
 
@@ -163,18 +166,23 @@ def write(
     policy: PolicyFile,
     manifest: Manifest,
     variants: Mapping[str, bytes] | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> Artifact:
     """Write an artifact whole: into a folder beside it, then renamed into place.
 
     `weights` may come as safetensors bytes already; `variants` are further ONNX files by name (`model-<variant>.onnx`)
-    where one file does not serve every device, and the manifest's `models` says which is whose. Hashes are filled in
-    here. An artifact of an earlier run is replaced, files in it that are not ours are kept. Raises UserError if the
-    folder holds something else or cannot be written.
+    where one file does not serve every device, and the manifest's `models` says which is whose; `beside` are STORED and
+    OPTIMIZED where there are such. Hashes are filled in here. An artifact of an earlier run is replaced, files in it
+    that are not ours are kept. Raises UserError if the folder holds something else or cannot be written.
     """
     files: dict[str, bytes] = {MODEL: model, **(variants or {})}
     for name in variants or {}:
         if not _VARIANT.fullmatch(name):
             raise UserError(f"{name!r} is not a file name of a variant: use model-<variant>.onnx")
+    for name in beside or {}:
+        if name not in (STORED, OPTIMIZED):
+            raise UserError(f"{name!r} is no file of an artifact: use {STORED} or {OPTIMIZED}")
+    files |= beside or {}
     files[WEIGHTS] = weights if isinstance(weights, bytes) else _tensors(weights)
     files[POLICY] = _json(policy)
     files[INFER] = resources.files("autocompress").joinpath("templates/infer.py.txt").read_bytes()

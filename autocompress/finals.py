@@ -15,6 +15,9 @@ from autocompress import artifact, certify, export, pareto
 from autocompress.controller import trial_seed
 from autocompress.devices.station import Station
 from autocompress.models.trace import examples, thop_count
+from autocompress.ops.optimize import fused, optimized
+from autocompress.ops.storage import storage
+from autocompress.ops.store import codecs_of
 from autocompress.parent import Baseline
 from autocompress.parts import Parts
 from autocompress.pipeline import Work, qualities, release
@@ -178,6 +181,7 @@ class Finals:
             parameters=trial.outcome.parameters,
             path=str(path),
             stages=self.stages(trial, files),
+            fused=fused(files.models[self.variant(names[0])]),
             tried=tuple(tried.number for tried, _ in chosen.tried),
         )
 
@@ -205,10 +209,15 @@ class Finals:
         serves = {budget.profile: self.variant(budget.profile) for budget in goal.budgets}
         first, *others = dict.fromkeys(serves.values())
         names = {first: artifact.MODEL, **{variant: f"model-{variant}.onnx" for variant in others}}
+        profile = next(p for p in parts.profiles if p.numeric.variant == first)
+        beside = {artifact.OPTIMIZED: optimized(files.models[first], profile)}
+        if codecs := codecs_of(files.numeric[first]):
+            beside[artifact.STORED] = storage(files.models[first], codecs)
         artifact.write(
             folder,
             model=files.models[first],
             weights=files.weights,
+            beside=beside,
             variants={names[variant]: files.models[variant] for variant in others},
             policy=artifact.PolicyFile(
                 builder=parts.job.model.builder,
@@ -248,6 +257,7 @@ class Finals:
                 versions=artifact.versions(),
                 exporter=self.exporter,
                 opset=self.work.opset,
+                fused=fused(files.models[first], profile),
                 job=parts.job.model_dump(mode="json"),
             ),
         )

@@ -61,6 +61,7 @@ class Finding(Record):
     parameters: int = 0
     path: str = ""  # of the artifact, relative to OUT
     stages: tuple[Stage, ...] = ()
+    fused: dict[str, int] = {}  # nodes that onnxruntime's optimizer makes (positive) of those that go (negative)
     tried: tuple[int, ...] = ()  # numbers of the finalists measured again, in order
 
 
@@ -114,6 +115,7 @@ class Winner(Record):
     parameters: int = 0
     devices: dict[str, Figures] = {}
     tried: tuple[int, ...] = ()
+    fused: dict[str, int] = {}
     stages: tuple[Stage, ...] = ()  # quality on the selection split on the way from the parent to the file
     path: str = ""
 
@@ -483,6 +485,7 @@ def _winner(
         devices=devices,
         tried=finding.tried,
         stages=finding.stages,
+        fused=finding.fused,
         path=finding.path,
     )
 

@@ -39,12 +39,12 @@ from autocompress.devices.fingerprint import resolve_local
 from autocompress.devices.station import Station
 from autocompress.models.foreign import Foreign
 from autocompress.parts import make_ops
-from autocompress.pipeline import Shaped, Work, export_float, release, shape, training
+from autocompress.pipeline import Release, Shaped, Work, export_float, release, shape, training
 from autocompress.types import Candidate, Policy, Rule, Site
 
 SEED = 0
 DISTILL = Rule(site=".", op="distill", settings={"weight": 0.7, "temperature": 3.0})
-OPS = ("block", "prune", "lowrank", "distill", "qat", "sparsify", "quantize")
+OPS = ("block", "replace", "prune", "lowrank", "distill", "qat", "sparsify", "quantize", "store")
 
 
 def everywhere(op: str, sites: Sequence[Site], **settings: Any) -> list[Rule]:
@@ -187,12 +187,12 @@ class Bench:
 
         add("fp32", self.baseline.read_bytes)
         for arm, rules in ARMS.items():
-            add(arm, lambda rules=rules: self.apply(Policy(rules=tuple(rules(self.builder.sites())))))
+            add(arm, lambda rules=rules: self.apply(Policy(rules=tuple(rules(self.builder.sites())))).model)
         add("onnxruntime as shipped", lambda: as_shipped(self.baseline.read_bytes(), self.task))
         add("torch-pruning by hand + int8", self.by_hand)
         return found
 
-    def apply(self, policy: Policy) -> bytes:
+    def apply(self, policy: Policy) -> Release:
         """The whole path of a candidate: decide, enact, train where the arm trains, settle, export, quantize."""
         torch.manual_seed(SEED)
         shaped = shape(self.work, Candidate(arch={}, policy=policy))
@@ -200,7 +200,7 @@ class Bench:
             training(self.work, shaped, policy, SEED).run_to(1.0)
         settled = shaped.settle(self.work)
         (done,) = release(self.work, settled.module, policy, learned=settled.ranges()).values()
-        return done.model
+        return done
 
     def by_hand(self) -> bytes:
         """torch-pruning, the same distillation, our int8."""

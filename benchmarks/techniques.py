@@ -31,7 +31,8 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from autocompress import export
-from autocompress.ops.store import storage
+from autocompress.ops.storage import storage
+from autocompress.ops.store import codecs_of
 from autocompress.pipeline import Shaped, release, training
 from autocompress.types import Policy, Rule, Site
 
@@ -241,9 +242,10 @@ class Techniques(Bench):
         if arm.trained and not any(rule.op == "distill" for rule in rules):
             rules = [*rules, Rule(site=".", op="distill", settings={"weight": 0.7, "temperature": 3.0})]
         policy = Policy(rules=tuple(rules))
-        model = self.apply(policy)
+        done = self.apply(policy)
+        model = done.model
         row = self.row(arm.name, model, 0.0) | {"trained": arm.trained, "beside": arm.beside}
-        row["stored_mb"] = len(storage(model, {rule.site: rule.settings["codec"] for rule in policy.of("store")})) / 1e6
+        row["stored_mb"] = len(storage(model, codecs_of(done.receipts))) / 1e6
         if arm.reference is not None:
             other = arm.reference(self)
             mine, theirs = (self.task.right(export.predictor(one), "test").astype(float) for one in (model, other))
