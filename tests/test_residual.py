@@ -110,10 +110,15 @@ def test_blocks_of_known_networks(name, expected, merges):
 
 def test_vision_transformer_quickly():
     module = network("vit_b_16")
-    started = time.perf_counter()
-    found = names(module, (torch.zeros(1, 3, 224, 224),))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that wait for each other count as time spent
+    try:
+        started = time.process_time()
+        found = names(module, (torch.zeros(1, 3, 224, 224),))
+        assert time.process_time() - started < 8  # 0.7 s on an idle core
+    finally:
+        torch.set_num_threads(threads)
     assert found == [f"encoder.layers.encoder_layer_{n}" for n in range(12)]
-    assert time.perf_counter() - started < 10  # 0.6 s alone; others may be at work
 
 
 def test_what_a_site_says():
