@@ -61,7 +61,7 @@ def work():
     return Work(
         builder=builder,
         task=task,
-        ops=make_ops(("block", "prune", "lowrank", "quantize", "distill")),
+        ops=make_ops(("block", "replace", "prune", "lowrank", "quantize", "distill")),
         parent=builder.build({}).eval(),
         profiles=(resolve_local(load.profile("local-1t")),),
     )
