@@ -3,7 +3,7 @@ which labels it puts together.
 
 The idea of DepGraph (Fang et al. 2023, section 3: layers that must be pruned together) carried down to single
 channels and to ATen operators, so that concatenations, flattening, shuffles, padding and bare parameters need no case
-of their own. What an operator does to labels is in `labelrules`.
+of their own. What an operator does to labels is in `labelrules` and `sumrules`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from autocompress.models.labelrules import rule_of
 from autocompress.models.masked import compute
 from autocompress.models.slicing import WIDTHS
+from autocompress.models.sumrules import rule_of
 
 
 class Place(NamedTuple):

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.models.attention import Attention
-from autocompress.models.groups import Coupling, Group, choose
+from autocompress.models.coupling import Coupling
+from autocompress.models.groups import Group, choose
 from autocompress.models.labels import Labels
 from autocompress.models.slicing import Mismatch, apply
 from autocompress.tasks import several

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autocompress.models.compact import forms
-from autocompress.models.groups import is_depthwise
+from autocompress.models.groups import is_depthwise, makes_channels
 from autocompress.models.proof import prunable
 from autocompress.tasks import InputSpec, batch_size, several
 from autocompress.types import Site
@@ -40,6 +40,19 @@ def still(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Parameters without gradients: FlopCounterMode cannot take one that is a module's input (torch 2.13)."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
 def is_leaf(module: nn.Module) -> bool:
     """A layer that ops act on: Conv2d or Linear."""
     return isinstance(module, nn.Conv2d | nn.Linear)
@@ -55,12 +68,12 @@ def leaves(module: nn.Module, site: str) -> tuple[str, ...]:
 
 
 def _order(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> list[str]:
-    """Leaves in the order the forward pass reaches them, each once."""
+    """Layers that make channels, in the order the forward pass reaches them, each once."""
     reached: dict[str, None] = {}
     hooks = [
         part.register_forward_hook(lambda *_, name=name: reached.setdefault(name))
         for name, part in module.named_modules()
-        if is_leaf(part)
+        if makes_channels(part)
     ]
     try:
         with still(module):
@@ -77,7 +90,7 @@ def sites(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Site
     `prune` is among a site's ops where it is the first producer of its coupled group, `lowrank` where it has no groups,
     `replace` where a dense k x k convolution has a cheaper form.
     """
-    with FlopCounterMode(display=False) as counter:
+    with frozen(module), FlopCounterMode(display=False) as counter:
         names = _order(module, example)
     cuts = prunable(module, example)
     flops = counter.get_flop_counts()
@@ -87,23 +100,16 @@ def sites(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Site
         layer = module.get_submodule(name)
         parameters = sum(parameter.numel() for parameter in layer.parameters())
         macs = sum(flops.get(f"{prefix}.{name}" if name else prefix, {}).values()) // 2 // batch_size(example)
-        grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
         compact = forms(layer)
+        kind, inputs, outputs, kernel = _kind(layer)
         ops = [
             *(["replace"] if compact else []),
             *(["prune"] if name in cuts.roots else []),
-            *([] if grouped else ["lowrank"]),
-            "sparsify",
-            "qat",
-            "quantize",
-            "store",
+            *(["lowrank"] if kind in ("conv", "linear") and not isinstance(layer, nn.Conv3d) else []),
+            *(["sparsify", "qat", "quantize", "store"] if is_leaf(layer) else []),
         ]
-        if isinstance(layer, nn.Conv2d):
-            kind = "depthwise" if is_depthwise(layer) else "grouped" if grouped else "conv"
-            inputs, outputs, kernel = layer.in_channels, layer.out_channels, max(layer.kernel_size)
-        else:
-            assert isinstance(layer, nn.Linear)
-            kind, inputs, outputs, kernel = "linear", layer.in_features, layer.out_features, 1
+        if not ops:
+            continue
         found.append(
             Site(
                 name=name or ".",
@@ -121,9 +127,21 @@ def sites(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Site
     return tuple(found)
 
 
+def _kind(layer: nn.Module) -> tuple[str, int, int, int]:
+    """What a layer is, its channels in and out, its largest kernel."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        kinds = {"depthwise": is_depthwise(layer), "transposed": layer.transposed, "grouped": layer.groups > 1}
+        kind = next((kind for kind, is_so in kinds.items() if is_so), "conv")
+        return kind, layer.in_channels, layer.out_channels, max(layer.kernel_size)
+    if isinstance(layer, nn.Embedding):
+        return "embedding", layer.num_embeddings, layer.embedding_dim, 1
+    assert isinstance(layer, nn.Linear)
+    return "linear", layer.in_features, layer.out_features, 1
+
+
 def count(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[int, int]:
     """(multiply-adds per example, parameters) by torch's FlopCounterMode: convolutions and matrix products."""
-    with still(module), FlopCounterMode(display=False) as counter:
+    with still(module), frozen(module), FlopCounterMode(display=False) as counter:
         module(*several(example))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     return counter.get_total_flops() // 2 // batch_size(example), parameters

@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from autocompress.models.groups import Coupling, Group, Unprunable, choose, is_depthwise
+from autocompress.models.coupling import Coupling, Plan
+from autocompress.models.groups import Group, Unprunable, choose, is_depthwise, makes_channels
 from autocompress.models.proof import couple, faults
 from autocompress.models.slicing import Cut, Mismatch, apply
 from autocompress.models.trace import count, examples
@@ -88,9 +90,12 @@ class Prune:
     def enact(self, subject: nn.Module, receipt: Receipt, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:  # noqa: ARG002
         """Keep what the receipt keeps, in place. Raises UserError where it was written for another network."""
         for entry in receipt.entries:
-            cuts = [Cut.model_validate(raw) for raw in entry.facts.get("cuts", ())]
             try:
+                cuts = [Cut.model_validate(raw) for raw in entry.facts.get("cuts", ())]
                 apply(subject, cuts, entry.facts.get("attributes", {}))
+            except ValidationError as wrong:
+                what = "its cuts are not of this version; decide again from the same ratios"
+                raise UserError(f"prune at site {entry.site}: {what}") from wrong
             except Mismatch as why:
                 raise UserError(f"prune at site {entry.site}: the receipt is of another network: {why}") from why
         return subject
@@ -176,7 +181,7 @@ class _Verdict:
             if self.kept.pop(group, None) is not None:
                 self.reasons.append(why)
 
-    def entry(self, plan: Any) -> Entry:
+    def entry(self, plan: Plan) -> Entry:
         """The receipt's line; cuts follow those of the rules before."""
         if not self.kept:
             return Entry(site=self.rule.site, status="skipped", why=self.reasons[0], asked=self.rule.settings)
@@ -217,7 +222,7 @@ def _layers(module: nn.Module, site: str) -> Iterator[str]:
     """Layers at a site or under it that make channels."""
     for name, part in module.named_modules():
         here = site in (".", name) or name.startswith(f"{site}.")
-        if here and isinstance(part, nn.modules.conv._ConvNd | nn.Linear | nn.Embedding) and not is_depthwise(part):
+        if here and makes_channels(part) and not is_depthwise(part):
             yield name
 
 
