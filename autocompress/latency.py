@@ -7,8 +7,9 @@ in what proportion a changed layer differs from it. So narrow layers that run no
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -16,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.devices.layers import Layer, Table
-from autocompress.devices.profiler import Times
-from autocompress.types import Numeric
+from autocompress.devices.profiler import Times, ratio, site_latency
+from autocompress.export import Exported, compose
+from autocompress.types import Numeric, Profile, Reading, TrialFailure
+
+TIMING_S = 0.15  # per pair of files
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Proportions:
         self.names = {one.name for one in parent}
 
     def learn(self, used: Iterable[Used]) -> None:
-        """Measure the layers that are new. Raises TrialFailure if onnxruntime cannot run one."""
+        """Measure the layers that are new."""
         layers = [one.layer for one in (*self.parent, *used)]
         self.table.learn(layers)
         if True in self.times:
@@ -114,14 +118,75 @@ class Proportions:
 
     def _sites(self, used: Iterable[Used], integers: bool) -> dict[str, float]:
         """What the table says by site; parts of a split layer count for it, other new layers for themselves."""
+        numeric = self.numeric if integers else None
+        known = [(self.table.ms(one.layer, numeric), one) for one in self.parent]
+        macs = sum(one.macs for ms, one in known if ms is not None)
+        pace = sum(one.times * ms for ms, one in known if ms is not None) / macs if macs else 0.0
         found: defaultdict[str, float] = defaultdict(float)
         for one in used:
-            ms = self.table.ms(one.layer, self.numeric if integers else None)
-            if ms is not None:
-                found[self._owner(one.name)] += one.times * ms
+            ms = self.table.ms(one.layer, numeric)  # a layer that could not be measured counts by its multiply-adds
+            found[self._owner(one.name)] += pace * one.macs if ms is None else one.times * ms
         return found
 
     def _owner(self, name: str) -> str:
         atoms = name.split(".")
         paths = (".".join(atoms[:length]) for length in range(len(atoms), 0, -1))
         return next((path for path in paths if path in self.names), name)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Profiles whose files and times on this machine are the same."""
+
+    profile: Profile  # the first of them
+    proportions: Proportions
+    floats: bytes = field(repr=False)
+    scale: Mapping[str, float]  # milliseconds of the baseline on the device, by profile
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The profiles."""
+        return tuple(self.scale)
+
+    @property
+    def total(self) -> float:
+        """Milliseconds of the float file on this machine."""
+        return self.proportions.times[False].total
+
+    @property
+    def integers_total(self) -> float:
+        """Milliseconds of the file whose sites are all integers, the float file's where there is none."""
+        return self.proportions.times.get(True, self.proportions.times[False]).total
+
+    def ratio(self, model: bytes, reference: bytes) -> float:
+        """Latency of a file over another's on this machine."""
+        if model == reference:
+            return 1.0
+        return ratio(model, reference, self.profile.threads, batch=self.profile.batch, seconds=TIMING_S)
+
+
+def targets(
+    profiles: Sequence[Profile],
+    exported: Exported,
+    parent: Sequence[Used],
+    integers: Callable[[Profile], bytes] | None,
+    readings: Mapping[str, Reading],
+) -> tuple[Target, ...]:
+    """Profile the unmodified network's float file, and its integer file where there is one."""
+    found: dict[tuple[object, ...], list[Profile]] = {}
+    for profile in profiles:
+        found.setdefault((profile.numeric.variant, profile.threads, profile.batch), []).append(profile)
+    floats, nodes = compose(exported), exported.parts[0].nodes
+    made: list[Target] = []
+    for like in found.values():
+        first = like[0]
+        times = site_latency(floats, nodes, first.threads, batch=first.batch)
+        of_integers = None
+        if integers is not None:
+            with suppress(TrialFailure):  # a network that cannot be all integers: each site is still tried alone
+                of_integers = site_latency(integers(first), nodes, first.threads, batch=first.batch)
+        table = Table(first.threads, first.batch)
+        proportions = Proportions(parent, table, first.numeric, times, of_integers)
+        scale = {one.name: readings[one.name].ms.value if one.name in readings else times.total for one in like}
+        made.append(Target(first, proportions, floats, scale))
+    return tuple(made)

@@ -11,7 +11,6 @@ layers. Both steer only; what a candidate is worth is trained and measured in th
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -19,37 +18,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
 
-from autocompress import auto, export, latency
+from autocompress import auto, latency
 from autocompress import space as sp
-from autocompress.devices.layers import Table
-from autocompress.devices.profiler import ratio, site_latency
-from autocompress.pipeline import FirstLook, Work, export_float, finish, notes_of, ordered
+from autocompress.pipeline import Work
 from autocompress.store import write_atomic
-from autocompress.tasks import several
-from autocompress.train import reestimate_batchnorm
 from autocompress.types import (
     Budget,
-    Candidate,
     Choice,
     Facts,
     Gene,
     Probed,
-    Profile,
-    Receipt,
     Space,
     TrialFailure,
 )
+from autocompress.untrained import Untrained, genotype, is_numeric
 
-SAMPLES, FEWEST = 64, 8  # calibration samples that outputs are compared on
-PASS_S = 0.3  # how long one pass over them may take
-BATCHNORM_BATCHES = 1
-TIMING_S = 0.15  # per file
 PAYS = 0.002  # share of the baseline's latency (or size) that counts as a gain
 HOPELESS = 2.0  # times the divergence of an answer that is always the same ...
 LEAST = 0.1  # ... which an untrained network has none of
@@ -88,12 +74,12 @@ def probe(
 
     With a folder, an earlier probe of the same network, space and devices there is read instead of done again.
     """
-    key = _key(work, full, facts)
+    small = any(budget.size_mb is not None for budget in budgets)
+    key = _key(work, full, facts, small)
     kept = _recall(folder, key)
     if kept is not None:
         return Found(reduced(full, kept), kept)
     began = time.perf_counter()
-    small = any(budget.size_mb is not None for budget in budgets)
     found = _Probe(work, full, facts, began + seconds, small=small, say=say).go()
     if folder is not None:
         records = [one.model_dump(mode="json") for one in found]
@@ -106,8 +92,9 @@ def reduced(full: Space, probed: Sequence[Probed]) -> Space:
     return auto.reduce(full, [(one.gene, one.choice) for one in probed if not one.kept])
 
 
-def _key(work: Work, full: Space, facts: Facts) -> str:
+def _key(work: Work, full: Space, facts: Facts, small: bool) -> str:
     parts = [
+        small,
         full.model_dump(mode="json"),
         facts.parent,
         [profile.model_dump(mode="json") for profile in work.profiles],
@@ -123,86 +110,6 @@ def _recall(folder: Path | None, key: str) -> tuple[Probed, ...] | None:
         return tuple(Probed.model_validate(one) for one in kept["probed"]) if kept.get("key") == key else None
     except (OSError, ValueError, LookupError, AttributeError):
         return None  # not there, or damaged: probed again
-
-
-# --- quality -----------------------------------------------------------------------------------------------------
-
-
-class Answers:
-    """The parent's outputs on some samples, and how far others are from them."""
-
-    def __init__(self, parent: Sequence[Tensor], *, classes: bool) -> None:
-        self.parent, self.classes = tuple(one.float() for one in parent), classes
-
-    def divergence(self, others: Sequence[Tensor]) -> float:
-        """Nats per sample: KL(parent || other) of class scores, or of unit Gaussians around standardised values."""
-        pairs = zip(self.parent, others, strict=True)
-        return float(sum(self._one(mine, theirs.float()) for mine, theirs in pairs))
-
-    def constant(self) -> float:
-        """The divergence of the best answer that is the same for every sample: what knowing nothing costs."""
-        if not self.classes:
-            return 0.5 * len(self.parent)
-        means = [_shares(one).exp().mean(0, keepdim=True).log().expand_as(one) for one in self.parent]
-        return self.divergence(means)
-
-    def _one(self, mine: Tensor, theirs: Tensor) -> Tensor:
-        if self.classes:
-            wanted, found = _shares(mine), _shares(theirs)
-            spread = (wanted.exp() * (wanted - found)).sum(_axis(mine))
-            return spread.mean()
-        return 0.5 * ((mine - theirs) ** 2).mean() / mine.var(correction=0).clamp_min(1e-12)
-
-
-def _axis(scores: Tensor) -> int:
-    """Where the classes are: after the samples in an image of scores, else last."""
-    return 1 if scores.ndim == 4 else scores.ndim - 1
-
-
-def _shares(scores: Tensor) -> Tensor:
-    return functional.log_softmax(scores, dim=_axis(scores))
-
-
-def _is_labels(targets: Any) -> bool:
-    first = several(targets)[0] if not isinstance(targets, Mapping) else next(iter(targets.values()))
-    return not (isinstance(first, Tensor) and first.is_floating_point())
-
-
-def quickest(work: Callable[[], object]) -> float:
-    """Seconds of `work` with one thread or with as many as torch has, whichever is faster now; that stays set.
-
-    On cores that others want too, threads that wait for one another take many times as long as one alone.
-    """
-    took: dict[int, float] = {}
-    for threads in dict.fromkeys((torch.get_num_threads(), 1)):
-        torch.set_num_threads(threads)
-        work()
-        began = time.perf_counter()
-        work()
-        took[threads] = time.perf_counter() - began
-    best = min(took, key=lambda threads: took[threads])
-    torch.set_num_threads(best)
-    return took[best]
-
-
-# --- one probe ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Target:
-    """What of a profile decides a file and its latency on this machine."""
-
-    profile: Profile
-    proportions: latency.Proportions
-    floats: bytes = field(repr=False)
-    integers: bytes | None = field(repr=False)
-    names: tuple[str, ...] = ()  # profiles that are alike
-    scale: Mapping[str, float] = field(default_factory=dict)  # of this machine's milliseconds to the device's
-
-    @property
-    def total(self) -> float:
-        """Milliseconds of the baseline on this machine."""
-        return self.proportions.times[False].total
 
 
 @dataclass
@@ -222,15 +129,21 @@ class Tried:
 
     def pays(self, hopeless: float, *, small: bool) -> bool:
         """Alone in the unmodified network."""
-        return self._worth(self.gained, small) and self.kl is not None and self.kl <= hopeless
+        return worth(self.gained, self.smaller, small) and self.kl is not None and self.kl <= hopeless
 
     def pays_on_top(self, hopeless: float, *, small: bool) -> bool:
         """On top of the best choices of the others; where its divergence was not looked at, the first one counts."""
         kl = self.kl if self.best_kl is None else self.best_kl
-        return self._worth(self.best_gained, small) and kl is not None and kl <= hopeless
+        return worth(self.best_gained, self.smaller, small) and kl is not None and kl <= hopeless
 
-    def _worth(self, gained: Mapping[str, float], small: bool) -> bool:
-        return any(share > PAYS for share in gained.values()) or (small and self.smaller > PAYS)
+    def gains(self, *, small: bool) -> bool:
+        """In one background or the other, whatever it costs in quality."""
+        return worth(self.gained, self.smaller, small) or worth(self.best_gained, self.smaller, small)
+
+
+def worth(gained: Mapping[str, float], smaller: float, small: bool) -> bool:
+    """Faster on a device, or smaller where size is bounded."""
+    return any(share > PAYS for share in gained.values()) or (small and smaller > PAYS)
 
 
 class _Probe:
@@ -240,7 +153,6 @@ class _Probe:
         self.work, self.space, self.facts, self.deadline = work, full, facts, deadline
         self.small, self.say = small, say
         self.phase = {gene.op: work.ops[gene.op].phase for gene in full.genes if gene.op in work.ops}
-        self.neutral = sp.parent(full)
 
     def go(self) -> tuple[Probed, ...]:
         threads = torch.get_num_threads()
@@ -255,7 +167,8 @@ class _Probe:
             return ()
         left = self.deadline - time.perf_counter()
         self.say(f"probing {len(waiting)} choices, for at most about {left:.0f} s")
-        self.prepare()
+        self.network = Untrained(self.work, self.space, self.facts.baseline)
+        self.hopeless = HOPELESS * max(self.network.answers.constant(), LEAST)
         for one in waiting:
             if time.perf_counter() > self.deadline:
                 break
@@ -273,130 +186,36 @@ class _Probe:
             gene.name: sum(s.macs for s in sites if s.name == gene.site or s.name.startswith(f"{gene.site}."))
             for gene in self.space.genes
         }
+        neutral = sp.parent(self.space)
         found = [
             Tried(gene, choice, place)
             for place, gene in enumerate(self.space.genes)
             if gene.kind == "arch" or self.phase.get(gene.op) in ("structure", "numeric")
             for choice in gene.choices[1:]
-            if sp.canonical(self.space, self.genotype({place: choice})) != self.neutral
+            if genotype(self.space, {place: choice}) != neutral
         ]
         return sorted(found, key=lambda one: (one.gene.kind == "arch", -macs[one.gene.name], one.place))
-
-    def genotype(self, chosen: Mapping[int, Choice]) -> tuple[int, ...]:
-        values = list(self.neutral)
-        for place, choice in chosen.items():
-            values[place] = self.space.genes[place].choices.index(choice)
-        return sp.canonical(self.space, tuple(values))
-
-    def candidate(self, chosen: Mapping[int, Choice]) -> Candidate:
-        return sp.decode(self.space, self.genotype(chosen))
-
-    # --- what is compared with
-
-    def prepare(self) -> None:
-        """The parent's answers, its file and the file with every site in integers, their times."""
-        work = self.work
-        batches = work.task.batches("calibration", FEWEST, limit=FEWEST)
-        inputs, targets = next(iter(batches))
-        each = quickest(lambda: latency.run(work.parent, several(inputs))) / len(several(inputs)[0])
-        self.samples = max(FEWEST, min(SAMPLES, int(PASS_S / max(each, 1e-9))))
-        inputs, _ = next(iter(work.task.batches("calibration", self.samples, limit=self.samples)))
-        self.inputs: tuple[Tensor, ...] = several(inputs)
-        outputs, self.parent = latency.run(work.parent, self.inputs)
-        self.answers = Answers(several(outputs), classes=_is_labels(targets))
-        self.hopeless = HOPELESS * max(self.answers.constant(), LEAST)
-        self.exported = export_float(work, work.parent)
-        self.task = FirstLook(work.task)
-        self.numbers = {
-            place: gene.choices[1]
-            for place, gene in enumerate(self.space.genes)
-            if self.phase.get(gene.op) == "numeric"
-        }
-        self.targets = tuple(self.target(like) for like in self.alike())
-        self.parameters = sum(parameter.numel() for parameter in work.parent.parameters())
-
-    def alike(self) -> list[list[Profile]]:
-        """Profiles whose files and times on this machine are the same."""
-        found: dict[tuple[object, ...], list[Profile]] = {}
-        for profile in self.work.profiles:
-            found.setdefault((profile.numeric.variant, profile.threads, profile.batch), []).append(profile)
-        return list(found.values())
-
-    def target(self, like: Sequence[Profile]) -> Target:
-        profile, part = like[0], self.exported.parts[0]
-        floats = export.compose(self.exported)
-        integers = self.file(self.numbers, profile) if self.numbers else None
-        times = [
-            None if model is None else site_latency(model, part.nodes, profile.threads, batch=profile.batch)
-            for model in (floats, integers)
-        ]
-        assert times[0] is not None
-        table = Table(profile.threads, profile.batch)
-        proportions = latency.Proportions(self.parent, table, profile.numeric, times[0], times[1])
-        readings = self.facts.baseline
-        scale = {p.name: readings[p.name].ms.value if p.name in readings else times[0].total for p in like}
-        return Target(profile, proportions, floats, integers, tuple(p.name for p in like), scale)
-
-    def file(self, chosen: Mapping[int, Choice], profile: Profile) -> bytes:
-        """The unmodified network with some sites in integers."""
-        policy = self.candidate(chosen).policy
-        return finish(self.work, self.exported, policy, profile, self.task).model
 
     # --- one choice
 
     def alone(self, one: Tried) -> None:
         """In the unmodified network."""
         try:
-            if one.gene.kind == "policy" and self.phase[one.gene.op] == "numeric":
+            if is_numeric(one.gene, self.work):
                 self.as_numbers(one)
             else:
-                outputs, one.used, why = self.outputs({one.place: one.choice})
-                one.kl = self.answers.divergence(outputs)
-                one.why = why
+                one.kl, one.used, one.why = self.network.changed({one.place: one.choice})
         except TrialFailure as failure:
             one.why = str(failure)
         except Exception as error:  # noqa: BLE001  a stranger's network may break an op: said, and the choice is left out
             one.why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
     def as_numbers(self, one: Tried) -> None:
-        for target in self.targets:
-            model = self.file({one.place: one.choice}, target.profile)
-            one.kl = max(one.kl or 0.0, self.of_file(model))
+        for target in self.network.targets:
+            model = self.network.file({one.place: one.choice}, target.profile)
+            one.kl = max(one.kl or 0.0, self.network.divergence_of(model))
             one.smaller = 1 - len(model) / len(target.floats)
-            share = 1 - self.ratio(model, target.floats, target.profile)
-            one.gained |= dict.fromkeys(target.names, share)
-
-    def of_file(self, model: bytes) -> float:
-        found = several(export.predictor(model)(tuple(one.numpy() for one in self.inputs)))
-        return self.answers.divergence([torch.from_numpy(one) for one in found])
-
-    def ratio(self, model: bytes, reference: bytes, profile: Profile) -> float:
-        return ratio(model, reference, profile.threads, batch=profile.batch, seconds=TIMING_S)
-
-    def outputs(self, chosen: Mapping[int, Choice]) -> tuple[tuple[Tensor, ...], tuple[latency.Used, ...], str]:
-        """Of the changed network, the layers it uses, and what was not followed."""
-        candidate = self.candidate(chosen)
-        module, notes = self.changed(candidate)
-        found, used = latency.run(module, self.inputs)
-        return several(found), used, notes
-
-    def changed(self, candidate: Candidate) -> tuple[nn.Module, str]:
-        """The parent with the candidate's structure ops, batch-norm statistics estimated again."""
-        work = self.work
-        own = {gene.name: gene.choices[0] for gene in self.space.genes if gene.kind == "arch"}
-        if all(candidate.arch.get(knob) == choice for knob, choice in own.items()):
-            module = copy.deepcopy(work.parent)
-        else:
-            module = work.builder.build(candidate.arch)
-            work.builder.inherit(module, work.parent, candidate.arch)
-        receipts: list[Receipt] = []
-        for _, op, rules in ordered(candidate.policy, work.ops, "structure"):
-            tensors: dict[str, Any] = {}
-            receipt = op.decide(module, rules, work.task, work.shape_profile, tensors)
-            module = op.enact(module, receipt, tensors)
-            receipts.append(receipt)
-        reestimate_batchnorm(module, work.task, BATCHNORM_BATCHES, size=self.samples)
-        return module, next(iter(notes_of(receipts)), "")
+            one.gained |= dict.fromkeys(target.names, 1 - target.ratio(model, target.floats))
 
     # --- latency of what was not exported, and the other background
 
@@ -404,7 +223,7 @@ class _Probe:
         """What changed layers gain, from the table; where onnxruntime refuses one, nothing is known and all stays."""
         changed = [one for one in tried if one.used]
         every = [used for one in changed for used in one.used]
-        for target in self.targets:
+        for target in self.network.targets:
             target.proportions.learn(every)
             for one in changed:
                 for integers in (False, True):
@@ -412,7 +231,7 @@ class _Probe:
                     share = dict.fromkeys(target.names, 0.0 if ms is None else ms / target.total)
                     (one.best_gained if integers else one.gained).update(share)
         for one in changed:
-            one.smaller = 1 - _weights(one.used) / max(_weights(self.parent), 1)
+            one.smaller = 1 - _weights(one.used) / max(_weights(self.network.used), 1)
 
     def paid(self, one: Tried) -> bool:
         return one.pays(self.hopeless, small=self.small)
@@ -420,12 +239,12 @@ class _Probe:
     def on_top(self, one: Tried, tried: Sequence[Tried]) -> None:
         """In the network where all others take their best choice: with it, and with it alone undone."""
         try:
-            if one.gene.kind == "policy" and self.phase[one.gene.op] == "numeric":
+            if is_numeric(one.gene, self.work):
                 self.numbers_undone(one)
             elif one.kl is not None and one.kl > self.hopeless:
                 others = {best.place: best.choice for best in self.best(tried) if best.place != one.place}
-                without = self.answers.divergence(self.outputs(others)[0])
-                with_it = self.answers.divergence(self.outputs({**others, one.place: one.choice})[0])
+                without, *_ = self.network.changed(others)
+                with_it, *_ = self.network.changed({**others, one.place: one.choice})
                 one.best_kl = with_it - without
         except TrialFailure as failure:
             one.why = one.why or str(failure)
@@ -433,16 +252,16 @@ class _Probe:
             one.why = one.why or f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
     def numbers_undone(self, one: Tried) -> None:
-        for target in self.targets:
-            others = {place: choice for place, choice in self.numbers.items() if place != one.place}
-            undone = self.file(others, target.profile)
-            full = self.file({**others, one.place: one.choice}, target.profile)
-            slower = self.ratio(undone, full, target.profile) - 1
-            integers = target.proportions.times.get(True)
-            share = slower * (integers.total if integers else target.total) / target.total
-            one.best_gained |= dict.fromkeys(target.names, share)
+        for target in self.network.targets:
+            others = {place: choice for place, choice in self.network.numbers.items() if place != one.place}
+            undone = self.network.file(others, target.profile)
+            full = self.network.file({**others, one.place: one.choice}, target.profile)
+            slower = target.ratio(undone, full) - 1
+            one.best_gained |= dict.fromkeys(target.names, slower * target.integers_total / target.total)
             if one.kl is not None and one.kl > self.hopeless:
-                one.best_kl = max(one.best_kl or 0.0, self.of_file(full) - self.of_file(undone))
+                one.best_kl = max(
+                    one.best_kl or 0.0, self.network.divergence_of(full) - self.network.divergence_of(undone)
+                )
 
     def best(self, tried: Sequence[Tried]) -> list[Tried]:
         """Per site the change of structure that gains most for what it costs; blocks stay, or nothing inside could."""
@@ -451,23 +270,16 @@ class _Probe:
             structural = one.gene.kind == "policy" and self.phase[one.gene.op] == "structure" and one.gene.op != "block"
             if structural and self.paid(one):
                 held = found.get(one.gene.site)
-                if held is None or self.worth(one) > self.worth(held):
+                if held is None or self.merit(one) > self.merit(held):
                     found[one.gene.site] = one
         return list(found.values())
 
-    def worth(self, one: Tried) -> float:
+    def merit(self, one: Tried) -> float:
         return max(one.gained.values(), default=0.0) * (1 - (one.kl or 0.0) / self.hopeless)
 
     def record(self, one: Tried) -> Probed:
-        tried = one.kl is not None or bool(one.why)
-        kept = not tried or one.gene.kind == "arch" or self.paid(one)
-        kept = kept or one.pays_on_top(self.hopeless, small=self.small)
-        scale = {name: ms for target in self.targets for name, ms in target.scale.items()}
-        why = one.why
-        if not tried:
-            why = "not tried: the time was up"
-        elif not kept and not why:
-            why = "hopeless without training" if (one.kl or 0.0) > self.hopeless else "gains nothing"
+        kept, why = self.verdict(one)
+        scale = {name: ms for target in self.network.targets for name, ms in target.scale.items()}
         return Probed(
             gene=one.gene.name,
             choice=one.choice,
@@ -478,6 +290,20 @@ class _Probe:
             kept=kept,
             why=why,
         )
+
+    def verdict(self, one: Tried) -> tuple[bool, str]:
+        """Whether a choice stays, and why if not, or if that is not known."""
+        if one.kl is None:
+            return not one.why, one.why or "not tried: the time was up"
+        if one.gene.kind == "arch" or self.paid(one) or one.pays_on_top(self.hopeless, small=self.small):
+            return True, ""
+        if is_numeric(one.gene, self.work):
+            open_ = not one.best_gained
+        else:
+            open_ = one.kl > self.hopeless and one.best_kl is None and one.gains(small=self.small)
+        if open_:
+            return True, "not tried on top of the others: the time was up"
+        return False, one.why or ("gains nothing" if one.kl <= self.hopeless else "hopeless without training")
 
 
 def _weights(used: Sequence[latency.Used]) -> int:

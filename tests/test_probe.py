@@ -13,6 +13,7 @@ from torch import nn
 
 from autocompress import auto, export, latency, load
 from autocompress import probe as probing
+from autocompress.answers import Answers
 from autocompress.controller import Header
 from autocompress.devices.fingerprint import resolve_local
 from autocompress.devices.layers import Layer, Table, network
@@ -21,7 +22,7 @@ from autocompress.journal import read
 from autocompress.models.foreign import Foreign
 from autocompress.parts import make_ops, make_searcher
 from autocompress.pipeline import FirstLook, Work, export_float, finish
-from autocompress.probe import Answers, probe, reduced
+from autocompress.probe import probe, reduced
 from autocompress.run import resume, run
 from autocompress.tasks import InputSpec
 from autocompress.tasks.digits import Digits
@@ -179,6 +180,16 @@ def test_changed_layers_are_timed_in_proportion_to_their_sites():
     thin = (latency.Used("a.first", Layer((8,), (2, 8))), latency.Used("a.second", Layer((8,), (2, 8))), parent[1])
     assert model.gained(thin, integers=False) == pytest.approx(4.0 * (2.0 - 1.0) / 2.0)
     assert model.gained(thin, integers=True) is None
+    unknown = (latency.Used("a", Layer((8,), (1, 8))), parent[1])  # 8 of 64 multiply-adds, at 3 ms per 96
+    assert model.gained(unknown, integers=False) == pytest.approx(4.0 * (2.0 - 0.25) / 2.0)
+
+
+def test_a_layer_that_cannot_be_measured_does_not_spoil_the_others():
+    good, bad = Layer((8,), (4, 8)), Layer((8, 4, 4), (4, 7, 3, 3), (1, 1), (1, 1), (1, 1))
+    table = Table()
+    table.learn([good, bad])
+    assert table.ms(good) is not None
+    assert table.ms(bad) is None
 
 
 # --- divergence -----------------------------------------------------------------------------------------------------

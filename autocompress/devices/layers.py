@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,7 +20,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from autocompress.devices.profiler import WEIGHTED, fast, profile
-from autocompress.types import Numeric
+from autocompress.types import Numeric, TrialFailure
 
 SECONDS = 0.3  # per file
 OPSET = 17
@@ -59,17 +60,25 @@ class Table:
         self.known: dict[tuple[Layer, Numeric | None], float] = {}
 
     def learn(self, layers: Iterable[Layer], numeric: Numeric | None = None) -> None:
-        """Measure what is not known yet. Raises TrialFailure if onnxruntime cannot run it."""
+        """Measure what is not known yet; what onnxruntime refuses stays unknown."""
         missing = [layer for layer in dict.fromkeys(layers) if (layer, numeric) not in self.known]
         for some in _portions(missing, self.batch):
-            with tempfile.TemporaryDirectory() as folder:
-                model = network(some, self.batch, numeric)
-                events = profile(model, self.threads, self.batch, SECONDS, Path(folder))
-            took: defaultdict[int, list[float]] = defaultdict(list)
-            for event in events:
-                if event.get("cat") == "Node" and event["args"].get("op_name") in WEIGHTED:
-                    took[int(event["name"].partition("/")[0])].append(event["dur"] / 1e3)
-            self.known |= {(some[index], numeric): fast(times) for index, times in took.items()}
+            try:
+                self._measure(some, numeric)
+            except TrialFailure:
+                for layer in some if len(some) > 1 else ():  # which of them it is
+                    with suppress(TrialFailure):
+                        self._measure([layer], numeric)
+
+    def _measure(self, some: Sequence[Layer], numeric: Numeric | None) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            model = network(some, self.batch, numeric)
+            events = profile(model, self.threads, self.batch, SECONDS, Path(folder))
+        took: defaultdict[int, list[float]] = defaultdict(list)
+        for event in events:
+            if event.get("cat") == "Node" and event["args"].get("op_name") in WEIGHTED:
+                took[int(event["name"].partition("/")[0])].append(event["dur"] / 1e3)
+        self.known |= {(some[index], numeric): fast(times) for index, times in took.items()}
 
     def ms(self, layer: Layer, numeric: Numeric | None = None) -> float | None:
         """None for a layer that was not measured."""
