@@ -276,10 +276,12 @@ def instrument(work: Work, module: nn.Module, policy: Policy) -> tuple[Receipt, 
     receipts: list[Receipt] = []
     for name, op, rules in ordered(policy, work.ops, "train"):
         if isinstance(op, TrainOp):
-            receipt = op.decide(module, rules, work.task, work.shape_profile)
-            if receipt.entries:
+            narrow = getattr(op, "narrow", None)
+            asked, skipped = narrow(module, rules, policy) if narrow else (rules, ())
+            receipt = op.decide(module, asked, work.task, work.shape_profile)
+            if entries := (*receipt.entries, *skipped):
                 op.enact(module, receipt)
-                receipts.append(receipt.model_copy(update={"op": name}))
+                receipts.append(receipt.model_copy(update={"op": name, "entries": entries}))
     return tuple(receipts)
 
 

@@ -69,7 +69,7 @@ def work() -> Work:
     family = builder()
     parent = family.build({})
     Training(parent, Digits(), epochs=3, seed=0).run_to(1.0)
-    ops = make_ops(("prune", "lowrank", "quantize", "distill"))
+    ops = make_ops(("prune", "lowrank", "sparsify", "qat", "quantize", "distill"))
     return Work(builder=family, task=Digits(), ops=ops, parent=parent.eval(), profiles=PROFILES, epochs=1.0)
 
 
@@ -184,6 +184,43 @@ def test_going_on_from_a_checkpoint_is_the_same_as_never_having_stopped(work: Wo
     store.keep_only(set())
     ((_, anew),) = Evaluator(work, budgets, store, clock).evaluate(assignment(start=1, checkpoint=checkpoint))
     assert anew.files == whole[1][1].files  # the checkpoint was swept away: only time is lost
+
+
+TRAINED = policy(
+    ("stages.1.0.conv1", "prune", {"ratio": 0.5, "importance": "l2"}),
+    (".", "qat", {"bits": "int8"}),
+    (".", "sparsify", {"ratio": 0.5, "scope": "global", "schedule": "gradual"}),
+    ("stages.1", "quantize", {"bits": "int8"}),
+    ("head", "quantize", {"bits": "int8"}),
+    ("nowhere", "sparsify", {"ratio": 0.5}),
+)
+
+
+def test_instruments_live_through_rungs_and_checkpoints_and_are_gone_in_the_end(work: Work, tmp_path) -> None:
+    store, budgets = Store(tmp_path), [Budget(profile="one", latency_ms=10)]
+    candidate = Candidate(arch={}, policy=TRAINED)
+    whole = list(Evaluator(work, budgets, store, Clock()).evaluate(assignment(candidate)))
+    checkpoint = whole[0][1].files["checkpoint"]
+    ((state, outcome),) = Evaluator(work, budgets, store, Clock()).evaluate(
+        assignment(candidate, start=1, checkpoint=checkpoint)
+    )
+    assert (state, outcome.files) == (State.DONE, whole[1][1].files)
+    assert outcome.notes == whole[1][1].notes == ("sparsify nowhere: skipped, no layer is there",)
+    kept = json.loads(store.get(outcome.files["receipts"]))
+    assert [receipt["op"] for receipt in kept["structure"]] == ["prune", "sparsify", "qat"]
+    receipts = [Receipt.model_validate(receipt) for receipt in kept["structure"]]
+    assert receipts[1].entries[0].achieved["ratio"] == pytest.approx(0.5, abs=0.01)
+    trained = {entry.site for entry in receipts[2].entries}
+    assert "head" in trained
+    assert all(site == "head" or site.startswith("stages.1.") for site in trained)
+    module = reshape(work.builder, work.ops, candidate.arch, receipts)
+    load_weights(module, store.get(outcome.files["weights"]))
+    assert float((module.head.weight == 0).float().mean()) > 0
+    numeric = [Receipt.model_validate(receipt) for receipt in kept["numeric"]["u8s8-pc-minmax"]]
+    assert rerelease(work, module, numeric).model == store.get(outcome.files["model:u8s8-pc-minmax"])
+    (learned,) = (entry.facts["ranges"]["input"] for entry in receipts[2].entries if entry.site == "head")
+    spans = [span for one in numeric for entry in one.entries for span in entry.facts["model"]["ranges"].values()]
+    assert learned in [list(span) for span in spans]
 
 
 def test_a_checkpoint_reads_back(work: Work, tmp_path) -> None:

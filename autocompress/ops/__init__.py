@@ -58,7 +58,11 @@ class Op(Protocol):
 
 @runtime_checkable
 class TrainOp(Op, Protocol):
-    """An op whose facts are known only after training. `module` carries what `enact` installed."""
+    """An op whose facts are known only after training. `module` carries what `enact` installed.
+
+    One that depends on a policy's other rules may have `narrow(module, rules, policy)`, which gives the rules to decide
+    and entries of those that are skipped.
+    """
 
     def advance(self, module: nn.Module, receipt: Receipt, share: float) -> None:
         """Called before every step with the share of the full training that is done, and once at its end with 1.

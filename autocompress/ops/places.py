@@ -21,7 +21,8 @@ from autocompress.types import Entry, Record
 _SHAPES = ("flatten", "reshape", "view", "transpose", "permute", "squeeze", "unsqueeze", "pad", "chunk", "split")
 SHARING = frozenset((*_SHAPES, "__getitem__", "max_pool2d", "avg_pool2d", "interpolate"))
 """What they give has the range of what goes in, and takes its scale."""
-FOLLOWERS = SHARING | frozenset(("adaptive_avg_pool2d", "mean", "leaky_relu", "sigmoid"))
+_HARD = frozenset(("hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_"))
+FOLLOWERS = SHARING | _HARD | frozenset(("adaptive_avg_pool2d", "mean", "leaky_relu", "leaky_relu_", "sigmoid"))
 """One activation goes in: integer where that one is (ReLU and clips too)."""
 JOINTS = frozenset(("add", "add_", "mul", "mul_", "cat", "concat"))
 """Several activations go in: integer where most of the activations around them are."""

@@ -5,8 +5,8 @@ section 3, with the learned ranges of Esser et al. 2020 (`rounding.Range`). What
 rounds: the input of each layer, its weight with the batch norm folded in, and what it gives after batch norm and ReLU.
 The layers stay as they are: hooks round, a layer's child `qat` holds its ranges until `settle` takes both away.
 
-A site is trained as int8 whether or not op `quantize` makes it int8; a policy that asks only for the one gets a float
-file of a network trained on a grid. The ranges reach `quantize` by site.
+In a policy the op acts only on layers that op `quantize` makes int8 (`narrow`): what stays float is trained as float.
+The ranges reach `quantize` by site.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from autocompress.ops.flow import Flow
 from autocompress.ops.places import Place, Spot, spots
 from autocompress.ops.rounding import Range, gain_of, rounded_weight
 from autocompress.tasks import Task, several
-from autocompress.types import Entry, Numeric, Profile, Receipt, Rule, TrialFailure, UserError
+from autocompress.types import Entry, Numeric, Policy, Profile, Receipt, Rule, TrialFailure, UserError
 
-IMAGES, BATCH = 128, 32
-"""Calibration samples that the ranges start from."""
+IMAGES, BATCH = 32, 8
+"""Calibration samples that the ranges start from; training finds the rest."""
 FREEZE = 0.5
 """Share of training after which batch norms keep their statistics (Krishnamoorthi 2018, section 3.2.2)."""
 CHILD = "qat"
@@ -42,6 +42,25 @@ class Qat:
 
     def __init__(self) -> None:
         self.params: dict[str, Any] = {"bits": "float"}
+
+    def narrow(self, subject: nn.Module, rules: Sequence[Rule], policy: Policy) -> tuple[list[Rule], list[Entry]]:
+        """The rules for the layers that the policy's `quantize` rules make int8, and an entry where there are none.
+
+        Of `quantize` rules that overlap, the one of the innermost site holds, as that op has it.
+        """
+        bits = {rule.site: rule.settings["bits"] for rule in policy.of("quantize") if "bits" in rule.settings}
+        narrowed: list[Rule] = []
+        skipped: list[Entry] = []
+        for rule in rules:
+            if _bits(rule) == "float":
+                continue
+            found = leaves(subject, rule.site)
+            integer = [name for name in found if _innermost(bits, name) == "int8"]
+            narrowed += [rule.model_copy(update={"site": name or "."}) for name in integer]
+            if not integer:
+                why = "quantize makes nothing int8 there" if found else "no layer is there"
+                skipped.append(Entry(site=rule.site, status="skipped", why=why, asked=rule.settings))
+        return narrowed, skipped
 
     def decide(
         self,
@@ -233,6 +252,12 @@ def _bits(rule: Rule) -> str:
     if bits not in ("float", "int8"):
         raise UserError(f"qat at site {rule.site}: bits = {bits!r}; choose float or int8")
     return str(bits)
+
+
+def _innermost(bits: Mapping[str, Any], layer: str) -> Any:
+    """What is asked at the innermost site that contains a layer."""
+    holding = [site for site in bits if site in (".", layer) or layer.startswith(f"{site}.")]
+    return bits[max(holding, key=lambda site: len(site) if site != "." else 0)] if holding else "float"
 
 
 def _spots(receipt: Receipt) -> list[tuple[Entry, Spot]]:

@@ -30,7 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 RAMP, UPDATES = 0.6, 24
 """Gradual: the ratio is reached at this share of training, in so many steps."""
-SORTED_OUT = 0.5
+SORTED_OUT = 0.3
 """One shot with a penalty: the share of training that the penalty has for sorting the weights out."""
 MASK, REACHED = "sparsify_kept", "sparsify_reached"
 
@@ -63,7 +63,7 @@ class Sparsify:
 
     `pattern` 2:4 and 4:8 leave two of four and four of eight along the input channels; the ratio then is 0.5 whatever
     `ratio` says. `scope` global ranks the weights of all layers of the site together. `schedule` oneshot decides
-    before training (with a penalty, in the middle of it), gradual on a cubic ramp over the first 60 %. `penalty`
+    before training (with a penalty, after 30 % of it), gradual on a cubic ramp over the first 60 %. `penalty`
     drives weights to zero until they are decided: l1, or group lasso over filters and over input channels (Wen et al.
     2016, "Learning Structured Sparsity in Deep Neural Networks", section 3.1); it adds 0.1 to the loss at the start.
     Biases and norms are not touched.
