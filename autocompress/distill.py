@@ -1,7 +1,4 @@
-"""Distillation: how much of the loss is the teacher's, and what the student takes from it. The teacher is the parent.
-
-Every loss is a scalar of order one for a student that has not learned yet, so that one `weight` suits all kinds.
-"""
+"""Distillation: how much the teacher says, and what the student takes from it. The teacher is the parent."""
 
 from __future__ import annotations
 
@@ -23,7 +20,10 @@ RELATED = 64
 
 
 class Distillation(Record):
-    """How a candidate is taught: `weight` is the share of the loss, `temperature` softens responses."""
+    """How a candidate is taught: `temperature` softens responses.
+
+    `weight` is the share of the loss that responses take; hints of the other kinds are added to the task's whole loss.
+    """
 
     weight: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)

@@ -75,8 +75,8 @@ class Training:
     """One full training of `module` on `task` by the task's recipe (`tasks.recipe`), run in pieces.
 
     `epochs` is what fidelity 1 means; `lr`, `batch` and so on take the place of the recipe's. With a teacher the loss
-    is `weight` times the distillation loss of `kind` plus `1 - weight` times the task's own. The module is changed in
-    place and moved to channels-last memory; hooks are on it only while `run_to` runs.
+    is `weight` times the distillation loss of `kind` plus the task's own, that `1 - weight` times for responses. The
+    module is changed in place and moved to channels-last memory; hooks are on it only while `run_to` runs.
     """
 
     def __init__(
@@ -107,7 +107,6 @@ class Training:
         self.recipe = recipe(task).model_copy(update={key: value for key, value in asked.items() if value is not None})
         self.task, self.seed, self.pause = task, seed, pause
         self.batch, self.lr, self.clip = self.recipe.batch, self.recipe.lr, self.recipe.clip
-        self.weight = weight
         self.instruments = tuple(instruments)
         self.lesson: Lesson | None = None
         if teacher is not None and weight > 0:
@@ -183,10 +182,11 @@ class Training:
         for op, receipt in self.instruments:
             if (penalty := op.penalty(self.module, receipt)) is not None:
                 loss = loss + penalty
-        if self.weight < 1:
-            loss = loss + (1 - self.weight) * self.task.loss(outputs, targets)
+        left = 1.0 if self.lesson is None else self.lesson.left
+        if left > 0:
+            loss = loss + left * self.task.loss(outputs, targets)
         if self.lesson is not None:
-            loss = loss + self.weight * self.lesson.loss(outputs)
+            loss = loss + self.lesson.settings.weight * self.lesson.loss(outputs)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrialFailure(f"training diverged: loss is {value} at step {self.step} of {self.total}")
