@@ -1,5 +1,6 @@
 """Export: the file answers as torch does, sites find their nodes, bytes and hashes are stable."""
 
+import copy
 import threading
 
 import numpy as np
@@ -300,3 +301,30 @@ def test_a_means_pool_has_an_integer_form():
 
 def test_tolerance_is_documented():
     assert exporting.TOLERANCE == 1e-3
+
+
+class Cancelling(nn.Module):
+    """A small difference of large numbers: single precision keeps three digits of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return (self.body(x) + 3000.0).mean(1, keepdim=True) - 3000.0
+
+
+def test_rounding_that_a_network_magnifies_is_told_from_a_wrong_file():
+    torch.manual_seed(0)
+    module = Cancelling()
+    model = export(module, InputSpec(shape=(64,)), opset=17).parts[0].model
+    inputs = torch.randn(16, 64)
+    with torch.no_grad():
+        exact = copy.deepcopy(module).double()(inputs.double())
+        own = float((module(inputs) - exact).abs().max() / exact.abs().max())
+    assert own > exporting.TOLERANCE
+    assert parity(module, model, inputs.numpy()) <= exporting.ROUNDING * own
+    with torch.no_grad():
+        module.body.weight[0] += 0.1
+    with pytest.raises(TrialFailure, match="differ by"):
+        parity(module, model, inputs.numpy())
