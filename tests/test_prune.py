@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,18 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from autocompress.models.attention import unfold
 from autocompress.models.blocks import KINDS
 from autocompress.models.convnet import ConvNet
+from autocompress.models.coupling import Coupling
 from autocompress.models.groups import choose
 from autocompress.ops import Op
+from autocompress.ops.importance import IMPORTANCES, learn_gradients, scores
 from autocompress.ops.lowrank import LowRank
 from autocompress.ops.prune import Prune, keep_count
 from autocompress.tasks import InputSpec
 from autocompress.tasks.digits import Digits
+from autocompress.testing import check_op
 from autocompress.types import Profile, Receipt, Rule, TrialFailure, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -144,6 +149,82 @@ def test_taylor_keeps_what_the_loss_feels():
     assert kept == {"l1": list(range(0, 64, 2)), "taylor": list(range(1, 64, 2))}
 
 
+# --- what importance means ----------------------------------------------------------------------------------------
+
+
+def kept(module, importance, site="stages.2.1.conv1", ratio=0.5):
+    entry = Prune().decide(module, rules(ratio, site, importance=importance), TASK, LEAVE).entries[0]
+    return entry.facts["cuts"][0]["kept"], entry
+
+
+def test_bn_scale_keeps_the_widest_scales_and_falls_back_to_l1_without_any():
+    module = network()
+    with torch.no_grad():
+        module.stages[2][1].bn1.weight[1::2] *= 5
+    assert kept(module, "bn_scale")[0] == list(range(1, 64, 2))
+    assert "importance" not in kept(module, "bn_scale")[1].facts
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 4), nn.Flatten()).eval()
+    found = {
+        importance: Prune().decide(plain, rules(0.5, "0", importance=importance), Colour(3, 6, 6), LEAVE).entries[0]
+        for importance in ("bn_scale", "l1")
+    }
+    assert found["bn_scale"].facts["importance"] == {"0": "l1"}
+    assert found["bn_scale"].facts["cuts"] == found["l1"].facts["cuts"]
+
+
+def test_fpgm_cuts_filters_that_others_can_stand_for():
+    module = network()
+    with torch.no_grad():
+        weight = module.stages[2][1].conv1.weight
+        weight[::2] = 20 * weight[:1]  # loud, and all the same
+    assert kept(module, "fpgm")[0] == list(range(1, 64, 2))
+    assert kept(module, "l1")[0] == list(range(0, 64, 2))
+
+
+def test_first_order_adds_up_what_taylor_counts_apart():
+    module = network()
+    learned = copy.deepcopy(module)
+    learn_gradients(learned, TASK, 10**6)
+    (group,) = Coupling(module, torch.zeros(1, 1, 8, 8)).at("stages.2.1.conv1")
+    conv = learned.stages[2][1].conv1
+    change = conv.weight * conv.weight.grad
+    found = {importance: scores(learned, group, importance).values for importance in ("taylor", "first_order")}
+    assert (found["taylor"] >= found["first_order"] - 1e-9).all()
+    member = next(member for member in group.members if member.place.tensor == "stages.2.1.conv1.weight")
+    alone = replace(group, members=(member,))
+    assert torch.allclose(scores(learned, alone, "first_order").values, change.sum((1, 2, 3)).abs())
+    assert torch.allclose(scores(learned, alone, "taylor").values, change.abs().sum((1, 2, 3)))
+
+
+def test_random_is_the_sites_own_and_repeatable():
+    module = network()
+    first, second = (kept(module, "random", site=f"stages.2.{block}.conv1")[0] for block in (0, 1))
+    assert first == kept(network(7), "random", site="stages.2.0.conv1")[0]
+    assert first != second
+
+
+@pytest.mark.parametrize(("ratio", "left"), [(16 / 96, [16, 32, 32]), (0.97, [4, 4, 4])])
+def test_global_ranking_takes_where_least_is_lost_and_leaves_a_tenth(ratio, left):
+    module = network()
+    with torch.no_grad():
+        block = module.stages[0][0]
+        for quiet in (block.conv1.weight[::2], block.bn1.weight[::2], block.conv2.weight[:, ::2]):
+            quiet.mul_(1e-3)
+    rule = Rule(site="stages.0", op="prune", settings={"ratio": ratio, "scope": "global"})
+    receipt = Prune().decide(module, [rule], TASK, LEAVE)
+    small = Prune().enact(module, receipt)
+    assert [conv.out_channels for conv in (block.conv1, module.stages[0][1].conv1, block.conv2)] == left
+    assert receipt.entries[0].achieved == {"ratio": (96 - sum(left)) / 96, "kept": sum(left), "of": 96}
+    assert small(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_global_ranking_leaves_a_channel_multiple():
+    rule = Rule(site=".", op="prune", settings={"ratio": 0.95, "scope": "global"})
+    small = Prune().enact(network(), Prune().decide(network(), [rule], TASK, SIXTEEN))
+    assert {part.num_features for part in small.modules() if isinstance(part, nn.BatchNorm2d)} == {16}
+
+
 # --- what a rule may ask ------------------------------------------------------------------------------------------
 
 
@@ -161,6 +242,7 @@ def test_the_op_follows_the_protocol_and_zero_asks_nothing():
         ({"ratio": "half"}, "ratio 'half'"),
         ({"ratio": True}, "ratio True"),
         ({"importance": "l3"}, "choose one of l1, l2, taylor, first_order, bn_scale, fpgm, random"),
+        ({"scope": "all"}, "choose one of group, global"),
         ({"ratios": 0.5}, "unknown setting 'ratios'"),
     ],
 )
@@ -246,6 +328,14 @@ def test_a_receipt_of_another_network_is_refused_with_site_and_difference():
     shuffled = Prune().decide(network(**{"kind.0": "shuffle"}), rules(0.5, "stages.0.0.conv1"), TASK, LEAVE)
     with pytest.raises(UserError, match="another network"):
         Prune().enact(network(), shuffled)
+
+
+def test_a_receipt_of_an_older_version_is_refused():
+    receipt = Prune().decide(network(), rules(0.5, "stages.1.0.conv1"), TASK, LEAVE)
+    facts = {"cuts": [{"layer": "stages.1.0.conv1", "side": "out", "was": 48, "kept": [0]}]}
+    old = receipt.model_copy(update={"entries": (receipt.entries[0].model_copy(update={"facts": facts}),)})
+    with pytest.raises(UserError, match="not of this version"):
+        Prune().enact(network(), old)
 
 
 def test_an_impossible_receipt_is_refused():
@@ -352,6 +442,53 @@ class Broken(nn.Module):
 def test_a_network_that_cannot_run_fails_the_trial():
     with pytest.raises(TrialFailure, match="no way"):
         Prune().decide(Broken(), rules(0.5, "."), Colour(3, 6, 6), LEAVE)
+
+
+class Sentences:
+    """A task of whole numbers, with a mask."""
+
+    name, metric = "sentences", "accuracy"
+    input = InputSpec(
+        name="words", shape=(6,), dtype="int64", others=(InputSpec(name="mask", shape=(6,), dtype="int64"),)
+    )
+
+    def batches(self, split, size, *, limit=None, seed=None):
+        words = torch.randint(0, 20, (size, 6), generator=torch.Generator().manual_seed(0))
+        yield (words, torch.ones_like(words)), words[:, 0] % 3
+
+    def loss(self, outputs, targets):
+        return F.cross_entropy(outputs, targets)
+
+    def quality(self, predict, split):
+        raise NotImplementedError
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(24, 4, 40, 0.0, batch_first=True)
+        self.words, self.body, self.head = nn.Embedding(20, 24), nn.TransformerEncoder(layer, 1), nn.Linear(24, 3)
+
+    def forward(self, words, mask):
+        return self.head(self.body(self.words(words), src_key_padding_mask=mask == 0).mean(1))
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_the_contract_holds_on_a_transformer_of_two_inputs_for_every_importance(importance):
+    torch.manual_seed(0)
+    module, task = Reader().eval(), Sentences()
+    unfold(module)
+    body = "body.layers.0"
+    asked = rules(0.5, "words", f"{body}.self_attn.q", f"{body}.linear1", "head", importance=importance)
+    receipt = check_op(Prune(), module, asked, task, LEAVE)
+    assert [entry.status for entry in receipt.entries] == ["done", "done", "done", "skipped"]
+    attention = f"{body}.self_attn"
+    assert receipt.entries[1].facts["attributes"] == {attention: {"heads": 2}}
+    small = Prune().enact(module, through_json(receipt))
+    inputs, targets = next(task.batches("train", 4))
+    assert small(*inputs).shape == (4, 3)
+    assert (small.words.embedding_dim, small.body.layers[0].linear1.out_features) == (12, 20)
+    task.loss(small.train()(*inputs), targets).backward()
 
 
 # --- random policies over the whole family ------------------------------------------------------------------------

@@ -30,8 +30,8 @@ IMPORTANCES: tuple[Importance, ...] = get_args(Importance)
 GRADIENTS = ("taylor", "first_order")
 SCORED = 256
 """Calibration examples that gradients are summed over."""
-WORK = 2e11
-"""Multiply-adds of forward passes that gradients may cost: large networks see fewer examples, but 16 at least."""
+WORK = 4e10
+"""Multiply-adds of forward passes that gradients may cost: large networks see fewer examples, but 8 at least."""
 
 
 class Scores(NamedTuple):
@@ -129,7 +129,7 @@ def learn_gradients(model: nn.Module, task: Task, macs: int) -> None:
 
     `macs`: multiply-adds of one example, by which the number of examples is limited.
     """
-    limit = int(min(SCORED, max(16, WORK / max(macs, 1))))
+    limit = int(min(SCORED, max(8, WORK / max(macs, 1))))
     model.zero_grad()
     model.requires_grad_(True).eval()
     with torch.enable_grad():

@@ -192,8 +192,8 @@ class _Verdict:
             cuts += found
             for name, mine in values.items():
                 attributes.setdefault(name, {}).update(mine)
-        before = sum(group.channels for group in self.kept)
-        after = sum(group.channels * len(kept) // group.size for group, kept in self.kept.items())
+        before = sum(group.channels for group in self.groups)
+        gone = sum(group.channels * (group.size - len(kept)) // group.size for group, kept in self.kept.items())
         facts: dict[str, Any] = {"cuts": [cut.model_dump(mode="json", exclude_defaults=True) for cut in cuts]}
         if attributes:
             facts["attributes"] = attributes
@@ -202,7 +202,7 @@ class _Verdict:
         return Entry(
             site=self.rule.site,
             asked=self.rule.settings,
-            achieved={"ratio": 1 - after / before, "kept": after, "of": before},
+            achieved={"ratio": gone / before, "kept": before - gone, "of": before},
             facts=facts,
         )
 
