@@ -135,14 +135,14 @@ class Work:
 class FirstLook:
     """A task with few calibration samples, for the file whose speed alone is asked."""
 
-    def __init__(self, task: Task) -> None:
-        self._task, self.name, self.metric, self.input = task, task.name, task.metric, task.input
+    def __init__(self, task: Task, most: int = FIRST_LOOK) -> None:
+        self._task, self.name, self.metric, self.input, self.most = task, task.name, task.metric, task.input, most
 
     def batches(
         self, split: str, size: int, *, limit: int | None = None, seed: int | None = None
     ) -> Iterator[tuple[Any, Any]]:
-        """At most `FIRST_LOOK` samples of any split."""
-        limit = FIRST_LOOK if limit is None else min(limit, FIRST_LOOK)
+        """At most `most` samples of any split."""
+        limit = self.most if limit is None else min(limit, self.most)
         return self._task.batches(split, min(size, limit), limit=limit, seed=seed)
 
     def loss(self, outputs: Any, targets: Any) -> Any:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ class Found:
 
     def __str__(self) -> str:
         """One line for the terminal."""
-        tried = [one for one in self.probed if one.kl is not None]
+        tried = [one for one in self.probed if one.ms]
         gone = [one for one in self.probed if not one.kept]
         return (
             f"probed {len(tried)} of {len(self.probed)} choices in {self.seconds:.0f} s: {len(gone)} never pay, "
@@ -125,6 +126,7 @@ class Tried:
     best_gained: dict[str, float] = field(default_factory=dict)
     smaller: float = 0.0  # share of the size
     used: tuple[latency.Used, ...] = ()
+    failed: bool = False
     why: str = ""
 
     def pays(self, hopeless: float, *, small: bool) -> bool:
@@ -169,15 +171,28 @@ class _Probe:
         self.say(f"probing {len(waiting)} choices, for at most about {left:.0f} s")
         self.network = Untrained(self.work, self.space, self.facts.baseline)
         self.hopeless = HOPELESS * max(self.network.answers.constant(), LEAST)
+        shaped = [one for one in waiting if not is_numeric(one.gene, self.work)]
+        halfway = (time.perf_counter() + self.deadline) / 2
+        for one in shaped:
+            self.attempt(self.shape, one, until=halfway)
+        self.predict([one for one in shaped if one.used])
         for one in waiting:
-            if time.perf_counter() > self.deadline:
-                break
-            self.alone(one)
-        self.predict(waiting)
-        for one in waiting:
-            if one.kl is not None and time.perf_counter() < self.deadline and not self.paid(one):
-                self.on_top(one, waiting)
+            self.attempt(self.judge, one)
+        for one in shaped:
+            if one.kl is not None and one.kl > self.hopeless:
+                self.attempt(self.judge_on_top, one, self.best(waiting))
         return tuple(self.record(one) for one in waiting)
+
+    def attempt(self, look: Callable[..., None], one: Tried, *more: Any, until: float | None = None) -> None:
+        """Look at a choice if there is time; one that cannot be made is marked so."""
+        if one.failed or time.perf_counter() > (until or self.deadline):
+            return
+        try:
+            look(one, *more)
+        except TrialFailure as failure:
+            one.failed, one.why = True, str(failure)
+        except Exception as error:  # noqa: BLE001  a stranger's network may break an op: said, and the choice is left out
+            one.failed, one.why = True, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
     def questions(self) -> list[Tried]:
         """Choices that change the untrained network by themselves, those of the largest sites first, knobs last."""
@@ -198,70 +213,55 @@ class _Probe:
 
     # --- one choice
 
-    def alone(self, one: Tried) -> None:
-        """In the unmodified network."""
-        try:
-            if is_numeric(one.gene, self.work):
-                self.as_numbers(one)
-            else:
-                one.kl, one.used, one.why = self.network.changed({one.place: one.choice})
-        except TrialFailure as failure:
-            one.why = str(failure)
-        except Exception as error:  # noqa: BLE001  a stranger's network may break an op: said, and the choice is left out
-            one.why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    def shape(self, one: Tried) -> None:
+        """Which layers it leaves: what decides its latency, and needs no fit."""
+        one.used, one.why = self.network.shaped({one.place: one.choice})
 
-    def as_numbers(self, one: Tried) -> None:
+    def predict(self, shaped: Sequence[Tried]) -> None:
+        """What the changed layers gain, among floats and among integers."""
+        before = max(_weights(self.network.used), 1)
         for target in self.network.targets:
-            model = self.network.file({one.place: one.choice}, target.profile)
-            one.kl = max(one.kl or 0.0, self.network.divergence_of(model))
+            target.proportions.learn(used for one in shaped for used in one.used)
+            for one in shaped:
+                for integers, gained in ((False, one.gained), (True, one.best_gained)):
+                    ms = target.proportions.gained(one.used, integers=integers)
+                    gained.update(dict.fromkeys(target.names, 0.0 if ms is None else ms / target.total))
+        for one in shaped:
+            one.smaller = 1 - _weights(one.used) / before
+
+    def judge(self, one: Tried) -> None:
+        """Its divergence alone in the unmodified network, if it gains anything; a change of numbers is timed too."""
+        if is_numeric(one.gene, self.work):
+            self.judge_numbers(one)
+        elif one.used and (one.gene.kind == "arch" or one.gains(small=self.small)):
+            one.kl = self.network.changed({one.place: one.choice})
+
+    def judge_numbers(self, one: Tried) -> None:
+        network = self.network
+        for target in network.targets:
+            model = network.file({one.place: one.choice}, target.profile)
+            one.kl = max(one.kl or 0.0, network.divergence_of(model))
             one.smaller = 1 - len(model) / len(target.floats)
             one.gained |= dict.fromkeys(target.names, 1 - target.ratio(model, target.floats))
-
-    # --- latency of what was not exported, and the other background
-
-    def predict(self, tried: Sequence[Tried]) -> None:
-        """What changed layers gain, from the table; where onnxruntime refuses one, nothing is known and all stays."""
-        changed = [one for one in tried if one.used]
-        every = [used for one in changed for used in one.used]
-        for target in self.network.targets:
-            target.proportions.learn(every)
-            for one in changed:
-                for integers in (False, True):
-                    ms = target.proportions.gained(one.used, integers=integers)
-                    share = dict.fromkeys(target.names, 0.0 if ms is None else ms / target.total)
-                    (one.best_gained if integers else one.gained).update(share)
-        for one in changed:
-            one.smaller = 1 - _weights(one.used) / max(_weights(self.network.used), 1)
-
-    def paid(self, one: Tried) -> bool:
-        return one.pays(self.hopeless, small=self.small)
-
-    def on_top(self, one: Tried, tried: Sequence[Tried]) -> None:
-        """In the network where all others take their best choice: with it, and with it alone undone."""
-        try:
-            if is_numeric(one.gene, self.work):
-                self.numbers_undone(one)
-            elif one.kl is not None and one.kl > self.hopeless:
-                others = {best.place: best.choice for best in self.best(tried) if best.place != one.place}
-                without, *_ = self.network.changed(others)
-                with_it, *_ = self.network.changed({**others, one.place: one.choice})
-                one.best_kl = with_it - without
-        except TrialFailure as failure:
-            one.why = one.why or str(failure)
-        except Exception as error:  # noqa: BLE001  as in `alone`
-            one.why = one.why or f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-
-    def numbers_undone(self, one: Tried) -> None:
-        for target in self.network.targets:
-            others = {place: choice for place, choice in self.network.numbers.items() if place != one.place}
-            undone = self.network.file(others, target.profile)
-            full = self.network.file({**others, one.place: one.choice}, target.profile)
+        if self.paid(one):
+            return
+        others = {place: choice for place, choice in network.numbers.items() if place != one.place}
+        for target in network.targets:
+            undone = network.file(others, target.profile)
+            full = network.file({**others, one.place: one.choice}, target.profile)
             slower = target.ratio(undone, full) - 1
             one.best_gained |= dict.fromkeys(target.names, slower * target.integers_total / target.total)
             if one.kl is not None and one.kl > self.hopeless:
-                one.best_kl = max(
-                    one.best_kl or 0.0, self.network.divergence_of(full) - self.network.divergence_of(undone)
-                )
+                added = network.divergence_of(full) - network.divergence_of(undone)
+                one.best_kl = max(one.best_kl or 0.0, added)
+
+    def judge_on_top(self, one: Tried, best: Sequence[Tried]) -> None:
+        """What it adds to the divergence where all other sites take their best change of structure."""
+        others = {other.place: other.choice for other in best if other.place != one.place}
+        one.best_kl = self.network.changed({**others, one.place: one.choice}) - self.network.changed(others)
+
+    def paid(self, one: Tried) -> bool:
+        return one.pays(self.hopeless, small=self.small)
 
     def best(self, tried: Sequence[Tried]) -> list[Tried]:
         """Per site the change of structure that gains most for what it costs; blocks stay, or nothing inside could."""
@@ -293,17 +293,17 @@ class _Probe:
 
     def verdict(self, one: Tried) -> tuple[bool, str]:
         """Whether a choice stays, and why if not, or if that is not known."""
-        if one.kl is None:
-            return not one.why, one.why or "not tried: the time was up"
+        if one.failed:
+            return False, one.why
+        if not one.gained:
+            return True, "not tried: the time was up"
         if one.gene.kind == "arch" or self.paid(one) or one.pays_on_top(self.hopeless, small=self.small):
             return True, ""
-        if is_numeric(one.gene, self.work):
-            open_ = not one.best_gained
-        else:
-            open_ = one.kl > self.hopeless and one.best_kl is None and one.gains(small=self.small)
-        if open_:
-            return True, "not tried on top of the others: the time was up"
-        return False, one.why or ("gains nothing" if one.kl <= self.hopeless else "hopeless without training")
+        if not one.gains(small=self.small):
+            return False, one.why or "gains nothing"
+        if one.kl is None or one.best_kl is None:
+            return True, "its quality was not looked at: the time was up"
+        return False, "hopeless without training"
 
 
 def _weights(used: Sequence[latency.Used]) -> int:

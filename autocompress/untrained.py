@@ -14,12 +14,13 @@ from autocompress import export, latency
 from autocompress import space as sp
 from autocompress.answers import Answers, is_labels
 from autocompress.pipeline import FirstLook, Work, export_float, finish, notes_of, ordered
-from autocompress.tasks import several
+from autocompress.tasks import Task, several
 from autocompress.train import reestimate_batchnorm
 from autocompress.types import Candidate, Choice, Gene, Genotype, Profile, Reading, Receipt, Space
 
 SAMPLES, FEWEST = 64, 8  # calibration samples that outputs are compared on
 PASS_S = 0.3  # how long one pass over them may take
+GLANCE = 4  # samples for fits of which only the shapes are used
 BATCHNORM_BATCHES = 1
 
 Chosen = Mapping[int, Choice]
@@ -41,6 +42,7 @@ class Untrained:
         self.answers = Answers(several(outputs), classes=is_labels(targets))
         self.exported = export_float(work, work.parent)
         self.task = FirstLook(work.task)
+        self._integers: dict[str, bytes] = {}  # variant -> file with every site in integers
         numeric = ((place, gene) for place, gene in enumerate(space.genes) if is_numeric(gene, work))
         self.numbers: Chosen = {place: gene.choices[1] for place, gene in numeric}
         integers = (lambda profile: self.file(self.numbers, profile)) if self.numbers else None
@@ -52,36 +54,49 @@ class Untrained:
 
     def file(self, chosen: Chosen, profile: Profile) -> bytes:
         """The network with some sites in integers."""
-        return finish(self.work, self.exported, self.candidate(chosen).policy, profile, self.task).model
+        if chosen != self.numbers:
+            return finish(self.work, self.exported, self.candidate(chosen).policy, profile, self.task).model
+        variant = profile.numeric.variant
+        if variant not in self._integers:
+            policy = self.candidate(chosen).policy
+            self._integers[variant] = finish(self.work, self.exported, policy, profile, self.task).model
+        return self._integers[variant]
 
     def divergence_of(self, model: bytes) -> float:
         """How far a file's answers are from the network's."""
         found = several(export.predictor(model)(tuple(one.numpy() for one in self.inputs)))
         return self.answers.divergence([torch.from_numpy(one) for one in found])
 
-    def changed(self, chosen: Chosen) -> tuple[float, tuple[latency.Used, ...], str]:
-        """Of the network with another structure: its divergence, its layers, and the first rule not followed."""
-        module, notes = self._module(self.candidate(chosen))
-        found, used = latency.run(module, self.inputs)
-        return self.answers.divergence(several(found)), used, notes
+    def shaped(self, chosen: Chosen) -> tuple[tuple[latency.Used, ...], str]:
+        """The layers of the network with another structure, and the first rule that could not be followed."""
+        module, receipts = self._module(chosen, FirstLook(self.work.task, GLANCE), fitted=False)
+        _, used = latency.run(module, tuple(one[:1] for one in self.inputs))
+        return used, next(iter(notes_of(receipts)), "")
 
-    def _module(self, candidate: Candidate) -> tuple[nn.Module, str]:
-        """The network with the candidate's structure ops, batch-norm statistics estimated again."""
-        work = self.work
+    def changed(self, chosen: Chosen) -> float:
+        """How far the answers of the network with another structure are from its own."""
+        module, _ = self._module(chosen, self.work.task, fitted=True)
+        reestimate_batchnorm(module, self.work.task, BATCHNORM_BATCHES, size=self.samples)
+        found, _ = latency.run(module, self.inputs)
+        return self.answers.divergence(several(found))
+
+    def _module(self, chosen: Chosen, task: Task, *, fitted: bool) -> tuple[nn.Module, list[Receipt]]:
+        """The candidate's architecture with its structure ops enacted; right in shapes only unless `fitted`."""
+        work, candidate = self.work, self.candidate(chosen)
         own = {gene.name: gene.choices[0] for gene in self.space.genes if gene.kind == "arch"}
         if all(candidate.arch.get(knob) == choice for knob, choice in own.items()):
             module = copy.deepcopy(work.parent)
         else:
             module = work.builder.build(candidate.arch)
-            work.builder.inherit(module, work.parent, candidate.arch)
+            if fitted:
+                work.builder.inherit(module, work.parent, candidate.arch)
         receipts: list[Receipt] = []
         for _, op, rules in ordered(candidate.policy, work.ops, "structure"):
-            tensors: dict[str, Any] = {}
-            receipt = op.decide(module, rules, work.task, work.shape_profile, tensors)
+            tensors: dict[str, Any] | None = {} if fitted else None
+            receipt = op.decide(module, rules, task, work.shape_profile, tensors)
             module = op.enact(module, receipt, tensors)
             receipts.append(receipt)
-        reestimate_batchnorm(module, work.task, BATCHNORM_BATCHES, size=self.samples)
-        return module, next(iter(notes_of(receipts)), "")
+        return module, receipts
 
 
 def genotype(space: Space, chosen: Chosen) -> Genotype:
