@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -355,21 +355,25 @@ def pair(network: str, seed: int) -> dict[str, Any]:
         return failed | {"crash": lines[-1][:300] if lines else f"exit code {done.returncode}"}
 
 
-def run(names: list[str], seeds: int, jobs: int, console: Console) -> list[dict[str, Any]]:
-    """All pairs, the first seed of every network first: it says how large the network is."""
+def run(names: list[str], seeds: int, jobs: int, console: Console, kept: Path | None) -> list[dict[str, Any]]:
+    """All pairs, seed by seed; the first says how large a network is. What is done is written to `kept` at once."""
     rows: list[dict[str, Any]] = []
+    order = {name: place for place, name in enumerate(names)}
 
-    def told(row: dict[str, Any]) -> dict[str, Any]:
+    def told(row: dict[str, Any]) -> None:
+        rows.append(row)
+        rows.sort(key=lambda row: (order[row["network"]], row["seed"]))
         verdict = "passed" if row["passed"] else row["reason"] or f"CRASH {row.get('crash', '')}"
         console.print(f"{row['network']:<40} {row['seed']} {row.get('seconds', 0):6.1f} s  {verdict}", highlight=False)
-        return row
+        if kept:
+            kept.write_text(json.dumps(summary(rows), indent=1))
 
     with ThreadPoolExecutor(jobs) as pool:
-        first = list(pool.map(lambda name: told(pair(name, 0)), names))
-        small = [row["network"] for row in first if row.get("parameters", SMALL) < SMALL]
-        more = [(name, seed) for name in small for seed in range(1, seeds)]
-        rows = first + list(pool.map(lambda item: told(pair(*item)), more))
-    return sorted(rows, key=lambda row: (names.index(row["network"]), row["seed"]))
+        for seed in range(seeds):
+            large = {row["network"] for row in rows if row.get("parameters", SMALL) > SMALL}
+            for done in as_completed([pool.submit(pair, name, seed) for name in names if name not in large]):
+                told(done.result())
+    return rows
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -419,9 +423,7 @@ def main() -> None:
     console = Console()
     names = list(QUICK) if asked.quick else networks()
     names = [name for name in names if asked.only is None or fnmatch.fnmatchcase(name, asked.only)]
-    found = summary(run(names, 1 if asked.quick else asked.seeds, asked.jobs, console))
-    if asked.json:
-        asked.json.write_text(json.dumps(found, indent=1))
+    found = summary(run(names, 1 if asked.quick else asked.seeds, asked.jobs, console, asked.json))
     if asked.table:
         asked.table.write_text(table(found["rows"]))
     view = Table("pairs", "passed", "explained", "unexplained")
