@@ -410,3 +410,31 @@ def test_simulated_and_real_int8_agree_on_a_trained_resnet(monkeypatch):
     equal, simulated, real = agreement(work, both("."), "selection")
     assert equal > 0.99
     assert abs(simulated - real) <= 0.003
+
+
+class Forgetful(Qat):
+    """Settles without removing what rounds a layer's output."""
+
+    def settle(self, module, receipt):
+        settled = super().settle(module, receipt)
+        module.stem.conv.register_forward_hook(lambda _part, _inputs, output: output)
+        return settled
+
+
+class Sharing(Qat):
+    """Settling a copy touches the module that trains on."""
+
+    def enact(self, subject, receipt, tensors=None):
+        self.last = super().enact(subject, receipt)
+        return self.last
+
+    def settle(self, module, receipt):
+        with torch.no_grad():
+            self.last.head.weight.zero_()
+        return super().settle(module, receipt)
+
+
+@pytest.mark.parametrize(("op", "message"), [(Forgetful(), "leaves hooks behind"), (Sharing(), "settl")])
+def test_the_contract_check_sees_what_an_instrument_leaves(op, message):
+    with pytest.raises(AssertionError, match=message):
+        check_op(op, network(), EVERYWHERE, TASK, PROFILE)
