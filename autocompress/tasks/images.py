@@ -93,6 +93,7 @@ class Images:
         if not isinstance(smoothing, int | float) or not 0 <= smoothing < 1:
             raise UserError(f"data.smoothing: {smoothing!r} must lie between 0 and 1")
         self.metric, self.augment, self.smoothing = metric, augment, float(smoothing)
+        self.augments = augment != "none"  # where no image changes, a teacher answers each once
         self.training = Recipe.of(training, "data")
         reading = {"channels": channels or 3, "fixed": size is None, "skip_broken": skip_broken}
         if dataset is not None:

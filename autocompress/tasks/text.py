@@ -44,6 +44,7 @@ class Text:
     """
 
     name, metric = "text", "accuracy"
+    augments = False  # a teacher answers each sentence once
 
     def __init__(
         self,
