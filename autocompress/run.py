@@ -37,7 +37,7 @@ from autocompress.parent import (
 from autocompress.parts import Parts, make_ops, make_searcher, parts
 from autocompress.pipeline import Checkpoint, Evaluator, Files, Measure, OpenGate, Work, load_weights
 from autocompress.pipeline import Gate as WorkGate
-from autocompress.probe import probe
+from autocompress.probe import probe as try_choices
 from autocompress.store import Store, make_folder, write_atomic
 from autocompress.summary import Arm, Finding, Summary
 from autocompress.tasks import Task
@@ -185,6 +185,7 @@ def search(
     trials: int = 100,
     minutes: float = 60.0,
     fidelity: Fidelity | Mapping[str, Any] | None = None,
+    probe: float = 60.0,
     out: str | Path = "runs/search",
     address: str | None = None,
     serial: bool = False,
@@ -197,8 +198,8 @@ def search(
 
     `model` may be a network of your own with its trained weights (an nn.Module); `options` and `data` are what a named
     model and task take, `epochs` how long a model without weights is trained first. The space is derived from the
-    network (`auto`) unless it is the built-in one. Budgets, quality and fidelity are the records of a job file or
-    mappings of their fields.
+    network (`auto`) and probed for at most `probe` seconds, unless it is the built-in one. Budgets, quality and
+    fidelity are the records of a job file or mappings of their fields.
     """
     if space is None:
         space = "convnet" if model == "convnet" else auto.NAME
@@ -221,6 +222,7 @@ def search(
             "seed": seed,
             "fidelity": {} if fidelity is None else _plain(fidelity),
             "cost": {"trials": trials, "minutes": minutes},
+            "probe": probe,
             "workers": workers,
         },
         "out": str(out),
@@ -349,7 +351,7 @@ class _Run:
         seconds = self.parts.job.search.probe
         if seconds > 0:
             with self.stage("probe"):
-                found = probe(
+                found = try_choices(
                     work,
                     self.parts.space,
                     baseline.facts,
