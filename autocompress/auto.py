@@ -140,14 +140,18 @@ def _params(op: str) -> Mapping[str, Any]:
 
 def _blocks(sites: Iterable[Site]) -> Iterable[Gene]:
     """Inner blocks (a transformer layer's attention) after the ones that hold them."""
-    made: list[Gene] = []
-    for site in sites:
-        if "block" in site.ops:
+    made: dict[str, Gene] = {}
+    waiting = {site.name: site for site in sites if "block" in site.ops}
+    for name in list(waiting):
+        holding = [other for other in waiting if f"{name}.".startswith(f"{other}.")]
+        for site in (waiting.pop(other) for other in sorted(holding, key=len)):
             choices = _offered(site, "block", ("keep", *BLOCKS))
-            outer: dict[str, Choices] = {g.name: ("keep",) for g in made if site.name.startswith(f"{g.site}.")}
+            outer: dict[str, Choices] = {
+                gene.name: ("keep",) for other, gene in made.items() if site.name.startswith(f"{other}.")
+            }
             if choices[1:]:
-                made.append(_gene("block", "kind", site.name, choices, outer))
-    return made
+                made[site.name] = _gene("block", "kind", site.name, choices, outer)
+    return made.values()
 
 
 def _gene(op: str, param: str, site: str, choices: Choices, when: dict[str, Choices] | None = None) -> Gene:

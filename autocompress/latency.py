@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from autocompress.devices.layers import Layer, Table
 from autocompress.devices.profiler import Times, ratio, site_latency
@@ -58,7 +59,7 @@ def run(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, tuple[Used,
     hooks = [
         part.register_forward_hook(note(name))
         for name, part in module.named_modules()
-        if isinstance(part, nn.Conv2d | nn.Linear)
+        if isinstance(part, nn.Linear) or _is_plain(part)
     ]
     module.eval()
     try:
@@ -70,8 +71,14 @@ def run(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, tuple[Used,
     return outputs, tuple(used)
 
 
+def _is_plain(part: nn.Module) -> bool:
+    """A convolution that is not transposed."""
+    return isinstance(part, _ConvNd) and not part.transposed
+
+
 def _used(name: str, part: nn.Module, x: Tensor, size: int) -> Used:
-    if isinstance(part, nn.Conv2d):
+    if _is_plain(part):
+        assert isinstance(part, _ConvNd)
         given = part.padding
         padding = tuple(
             (given[n] if not isinstance(given, str) else part.dilation[n] * (k - 1) // 2 if given == "same" else 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,12 @@ import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
-from autocompress import export, latency
+from autocompress import export
 from autocompress.devices.profiler import Times, site_latency
 from autocompress.models import Builder
-from autocompress.models.trace import count, examples
+from autocompress.models.trace import count, examples, still
 from autocompress.space import cardinality
 from autocompress.summary import DASH, TIMES
 from autocompress.tasks import InputSpec, several
@@ -41,10 +41,10 @@ GAP, LEAST = 2, 12  # columns between columns, and at least for names
 
 @dataclass(frozen=True)
 class Line:
-    """One site; a block's figures are those of the layers in it."""
+    """One site; a block's time is that of the layers in it."""
 
     site: Site
-    inputs: tuple[int, ...] = ()  # of one example; empty for a block and for what the forward pass does not reach
+    inputs: tuple[int, ...] = ()  # of one example; empty for what is not called with a tensor
     outputs: tuple[int, ...] = ()
     thop: int | None = None  # multiply-adds
     ms: float | None = None
@@ -70,11 +70,10 @@ def figures(builder: Builder, spec: InputSpec, profile: Profile | None = None, *
 
     Raises UserError if the network cannot run on `spec`, TrialFailure if it cannot be exported.
     """
-    sites = builder.sites()
+    sites = in_order(builder.sites())
     with torch.random.fork_rng(devices=[]):
         module = builder.build({})
-    _, used = latency.run(module, examples(spec))
-    seen = {one.name: one for one in reversed(used)}  # the first call of each
+    seen = _shapes(module, examples(spec), [site.name for site in sites])
     thop_macs, layers = _by_thop(module, spec)
     times = None
     if profile is not None:
@@ -83,20 +82,49 @@ def figures(builder: Builder, spec: InputSpec, profile: Profile | None = None, *
         times = site_latency(part.model, part.nodes, profile.threads, batch=profile.batch)
     lines: list[Line] = []
     for site in sites:
-        held = [name for name in seen if site.name in (name, ".") or name.startswith(f"{site.name}.")]
-        ms = sum(times.sites.get(name, 0.0) for name in held) if times else None
-        mine = seen.get(site.name)
-        lines.append(
-            Line(
-                site=site,
-                inputs=mine.layer.shape if mine else (),
-                outputs=mine.layer.output if mine else (),
-                thop=sum(layers.get(name, 0) for name in held) if held else None,
-                ms=ms,
-            )
-        )
+        inside = "" if site.name == "." else f"{site.name}."
+        ms = sum(ms for name, ms in times.sites.items() if f"{name}.".startswith(inside)) if times else None
+        lines.append(Line(site, *seen.get(site.name, ((), ())), thop=layers.get(site.name), ms=ms))
     macs, parameters = count(module, examples(spec))
     return Figures(tuple(lines), parameters, macs, thop_macs, times)
+
+
+def in_order(sites: Sequence[Site]) -> list[Site]:
+    """Layers from input to output, each block before the first layer in it."""
+    layers = [site for site in sites if site.kind != "block"]
+    found: list[Site] = []
+    waiting = sorted((site for site in sites if site.kind == "block"), key=lambda site: len(site.name))
+    for layer in layers:
+        for block in [block for block in waiting if layer.name.startswith(f"{block.name}.")]:
+            waiting.remove(block)
+            found.append(block)
+        found.append(layer)
+    return [*found, *waiting]
+
+
+_Sizes = tuple[int, ...]
+
+
+def _shapes(module: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str]) -> dict[str, tuple[_Sizes, _Sizes]]:
+    """Shapes of what goes into modules and comes out, of one example, at their first call."""
+    found: dict[str, tuple[_Sizes, _Sizes]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(part: nn.Module, given: tuple[Any, ...], answer: Any) -> None:  # noqa: ARG001
+            answer = answer[0] if isinstance(answer, tuple | list) and answer else answer
+            if given and isinstance(given[0], Tensor) and isinstance(answer, Tensor):
+                found.setdefault(name, (tuple(given[0].shape[1:]), tuple(answer.shape[1:])))
+
+        return hook
+
+    hooks = [module.get_submodule("" if name == "." else name).register_forward_hook(note(name)) for name in names]
+    try:
+        with still(module):
+            module(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def _by_thop(module: nn.Module, spec: InputSpec) -> tuple[int, dict[str, int]]:
@@ -122,7 +150,7 @@ def _by_thop(module: nn.Module, spec: InputSpec) -> tuple[int, dict[str, int]]:
 def show(found: Figures, width: int, title: str, space: Space | None = None) -> RenderableType:
     """The table for a terminal of `width` columns, totals and the space's size under it."""
     wide = width >= WIDE
-    layers = [line.site for line in found.lines if line.site.kind != "block"]
+    layers = [line.site for line in found.lines if line.site.kind != "block" and line.site.macs]
     shared = [op for op in CODES if layers and all(op in site.ops for site in layers)]
     heads = ["kind", "in \u2192 out" if wide else "out", "params", "MACs", *(["thop"] if wide else [])]
     heads += [*(["time"] if found.times is not None else []), "ops"]
@@ -160,7 +188,7 @@ def _below(found: Figures, shared: Sequence[str], space: Space | None) -> list[R
     if some:
         said.append("ops: " + ", ".join(f"{CODES[op]} {op}" for op in some))
     if shared:
-        said.append(f"at every layer: {', '.join(shared)}")
+        said.append(f"at every convolution and linear layer: {', '.join(shared)}")
     if space is not None:
         said.append(summary(space))
     return [Text(line) for line in said]

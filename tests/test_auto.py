@@ -129,8 +129,8 @@ def test_a_dropped_blocks_inner_genes_do_not_apply():
 
 
 def test_an_inner_block_exists_only_in_a_kept_outer_one():
-    outer = Site(name="layer", kind="block", ops=("block",))
-    inner = Site(name="layer.attention", kind="block", ops=("block",))
+    outer = Site(name="layer", kind="block", ops=("block",), depth=0.2)
+    inner = Site(name="layer.attention", kind="block", ops=("block",), depth=0.1)
     found = genes(auto.space(Given([inner, outer, *layers(1)]), TASK))
     assert found["block.kind@layer.attention"].when == {"block.kind@layer": ("keep",)}
 

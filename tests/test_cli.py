@@ -254,6 +254,12 @@ def test_space_of_a_job_is_the_jobs(network, tmp_path):
         invoke("space", "digits.yaml", "--shape", "3,8,8")
 
 
+def test_a_block_stands_before_its_layers():
+    sites = [Site(name=name, kind=kind) for name, kind in [("b.1", "block"), ("a", "conv"), ("b.0.x", "conv")]]
+    sites += [Site(name="b.0", kind="block"), Site(name="b.1.x.y", kind="conv"), Site(name="b.1.x", kind="block")]
+    assert [site.name for site in sitetable.in_order(sites)] == ["a", "b.0", "b.0.x", "b.1", "b.1.x", "b.1.x.y"]
+
+
 @pytest.mark.parametrize("width", [60, 80, 103, 104, 120, 200])
 def test_the_table_fits_the_terminal(width):
     sites = tuple(

@@ -125,6 +125,19 @@ def test_shapes_of_layers_are_torchs(channels, groups, kernel, stride, padding, 
     assert used.macs == positions * 2 * groups * channels * kernel**2
 
 
+def test_convolutions_over_lines_are_layers_too():
+    conv = nn.Conv1d(4, 6, 3, padding="same", dilation=2)
+    _, (used,) = latency.run(conv, (torch.zeros(2, 4, 10),))
+    assert used.layer.output == (6, 10)
+    assert used.macs == 10 * 6 * 4 * 3
+    table = Table()
+    table.learn([used.layer])
+    table.learn([used.layer], Numeric())
+    assert table.ms(used.layer)
+    _, none = latency.run(nn.ConvTranspose2d(4, 6, 3), (torch.zeros(2, 4, 10, 10),))
+    assert none == ()
+
+
 def test_windows_and_tokens_count_once_for_each_example():
     _, (used,) = latency.run(nn.Linear(6, 4), (torch.zeros(2, 5, 6),))
     assert used.layer == Layer((5, 6), (4, 6))
