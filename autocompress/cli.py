@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+_errors = Console(stderr=True, emoji=False, highlight=False, soft_wrap=True)
 _debug = False
 _YOURS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
@@ -134,7 +134,7 @@ def search(
     )
     from autocompress.run import run
 
-    run(record, address=address, serial=serial, console=Console())
+    run(record, address=address, serial=serial, console=Console(emoji=False))
 
 
 @app.command(epilog="Example: autocompress resume runs/digits --minutes 10")
@@ -149,7 +149,7 @@ def resume(
     _one_way(address, serial)
     from autocompress.run import resume as go_on
 
-    go_on(out, trials=trials, minutes=minutes, address=address, serial=serial, console=Console())
+    go_on(out, trials=trials, minutes=minutes, address=address, serial=serial, console=Console(emoji=False))
 
 
 @app.command(epilog="Example: autocompress report runs/digits")
@@ -267,7 +267,7 @@ def space(
     if out is not None and out.exists() and not force:
         write_new(out, "", force=False)  # said before anything is computed
     found = subject(model, shape=_sizes(shape), dtype=dtype, classes=classes, profile=profile)
-    console = Console()
+    console = Console(emoji=False)
     figures = sitetable.figures(found.builder, found.spec, found.profile if time else None)
     console.print(sitetable.show(figures, console.width, found.builder.name, found.space))
     if out is not None:

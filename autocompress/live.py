@@ -345,7 +345,7 @@ class Live:
         quiet: bool = False,
     ) -> None:
         self.progress = progress
-        self.console = console or Console()
+        self.console = console or Console(emoji=False)
         self.now = now
         self.quiet = quiet
         drawn = (
@@ -473,7 +473,9 @@ def _metric(summary: Summary) -> str:
 
 def _places(summary: Summary, out: Path, report: Path | None) -> list[tuple[str, Path]]:
     found = [(winner.goal, out / winner.path) for winner in summary.winners.values() if winner.path]
-    return [("best", out / "best")] * bool(found) + ([("report", report)] if report else [])
+    near = any(winner.path for winner in summary.closest.values())
+    places = [("best", out / "best")] * bool(found) + [("closest", out / "closest")] * near
+    return places + ([("report", report)] if report else [])
 
 
 def result_lines(summary: Summary, out: Path, report: Path | None = None) -> list[str]:

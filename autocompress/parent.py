@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ PROBE_STEPS, SLICE_STEPS = 3, 12  # of training, between choices of the number o
 BASELINE_S = 0.5  # seconds per device: every later reading takes the baseline along
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts save a network
 PREFIXES = ("module.", "_orig_mod.", "model.")  # before every name: DataParallel's, torch.compile's, Lightning's
+SAVE = "save the weights alone, by torch.save(network.state_dict(), FILE) or as .safetensors"
 MODEL, WEIGHTS = "model.onnx", "weights.safetensors"  # in OUT/baseline
 
 
@@ -39,17 +42,19 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch remarks on pickles of other makers before it refuses them
+            warnings.simplefilter("ignore", UserWarning)
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}: not readable as weights ({_line(error)})") from error
     except Exception as error:  # torch.load raises pickle errors of its own for anything but tensors
-        raise UserError(
-            f"{path}: is no weights file, or holds more than tensors, which is not loaded ({_line(error)})"
-        ) from error
+        stranger = re.search(r"GLOBAL (\S+)", str(error))  # the first function or class that loading would call
+        why = f"holds {stranger[1]} beside tensors, which is not loaded" if stranger else "is no weights file"
+        raise UserError(f"{path}: {why}; {SAVE}") from error
     while isinstance(found, dict) and (key := next((key for key in WRAPPERS if isinstance(found.get(key), dict)), "")):
         found = found[key]
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise UserError(f"{path}: does not hold a state dict of tensors")
+        raise UserError(f"{path}: does not hold a state dict of tensors; {SAVE}")
     return found
 
 
@@ -65,21 +70,27 @@ def load_parent(module: nn.Module, path: Path) -> nn.Module:
         if name in tensors and tensors[name].shape != wanted[name].shape
     ]
     problems += [
-        f"{name} holds numbers that are not finite"
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
-    ]
-    problems += [
         f"{name} and {first} differ, the network has one tensor for both"
         for first, *others in tied(module)
         for name in others
         if first in tensors and name in tensors and not torch.equal(tensors[first], tensors[name])
     ]
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{path}: weights of another network: {'; '.join(problems[:3])}{more}")
+        raise UserError(f"{path}: weights of another network: {_first(problems)}")
+    ill = [
+        f"{name} holds numbers that are not finite"
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if ill:
+        raise UserError(f"{path}: {_first(ill)}; take a checkpoint from before that")
     module.load_state_dict(tensors)
     return module.eval()
+
+
+def _first(problems: list[str]) -> str:
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return f"{'; '.join(problems[:3])}{more}"
 
 
 def named_like(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -41,6 +41,7 @@ from autocompress.probe import probe as try_choices
 from autocompress.store import Store, make_folder, write_atomic
 from autocompress.summary import Arm, Finding, Summary
 from autocompress.tasks import Task
+from autocompress.train import bf16_faster
 from autocompress.types import (
     Budget,
     Fidelity,
@@ -58,6 +59,17 @@ from autocompress.types import (
 EXPORTER = "torchscript"  # one exporter per run: the two give different graphs and names
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on a single thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @dataclass(frozen=True)
 class MakeEvaluator:
     """Builds a worker's evaluator in its process: everything here travels by pickle, the weights through the store."""
@@ -65,6 +77,7 @@ class MakeEvaluator:
     parts: Parts
     parent: str  # sha256 of the parent's weights
     quiet: bool
+    bf16: bool | None = None
     threads: int = 1
 
     def __call__(self, files: Files, measure: Measure) -> Evaluator:
@@ -72,10 +85,11 @@ class MakeEvaluator:
         torch.set_num_threads(self.threads)
         parent = load_weights(self.parts.builder.build({}), files.get(self.parent))
         gate: WorkGate = Gate() if self.quiet else OpenGate()
-        return Evaluator(make_work(self.parts, parent, gate), self.parts.budgets, files, measure)
+        work = make_work(self.parts, parent, gate, bf16=self.bf16)
+        return Evaluator(work, self.parts.budgets, files, measure)
 
 
-def make_work(parts: Parts, parent: nn.Module, gate: WorkGate | None = None) -> Work:
+def make_work(parts: Parts, parent: nn.Module, gate: WorkGate | None = None, *, bf16: bool | None = None) -> Work:
     """What evaluating needs, from a job's parts and the trained parent."""
     return Work(
         builder=parts.builder,
@@ -86,6 +100,7 @@ def make_work(parts: Parts, parent: nn.Module, gate: WorkGate | None = None) -> 
         epochs=parts.job.search.fidelity.full_epochs,
         exporter=EXPORTER,
         gate=gate or OpenGate(),
+        bf16=bf16,
     )
 
 
@@ -113,7 +128,7 @@ def run(
     if task is not None or builder is not None or not _same_parent(out / "job.json", job):
         (out / "baseline" / WEIGHTS).unlink(missing_ok=True)  # of a start that another job made and gave up
     write_atomic(out / "job.json", job.model_dump_json(indent=1).encode())
-    return _Run(made, out, address, serial, console or Console(), derived=_is_derived(job, space)).go()
+    return _Run(made, out, address, serial, console or Console(emoji=False), derived=_is_derived(job, space)).go()
 
 
 def _is_derived(job: Job, given: Space | None) -> bool:
@@ -166,7 +181,7 @@ def resume(
     if not began(out / "journal.jsonl"):  # it was killed before the first trial
         plan = job.search.model_copy(update={"cost": job.search.cost.model_copy(update=spent)})
         made = parts(job.model_copy(update={"search": plan}), task=made.task, builder=made.builder, space=made.space)
-    return _Run(made, out, address, serial, console or Console(), spent, derived=derived).go()
+    return _Run(made, out, address, serial, console or Console(emoji=False), spent, derived=derived).go()
 
 
 def search(
@@ -307,7 +322,8 @@ class _Run:
                     baseline, journal = self.begin(journal, work, mine, key)
                 controller = self.controller(journal, baseline, begun)
                 with self.stage("search"):
-                    self.execute(controller, store, MakeEvaluator(self.parts, sha, plan.quiet), mine, station, plan)
+                    make = MakeEvaluator(self.parts, sha, plan.quiet, baseline.facts.bf16)
+                    self.execute(controller, store, make, mine, station, plan)
                 return self.finish(controller, baseline, work, mine, store)
             finally:
                 mine.close()
@@ -328,6 +344,9 @@ class _Run:
         if journal is None:
             self.live.stage("measuring the baseline")
             baseline = measure_baseline(self.parts, work, station, self.out / "baseline", key)
+            with one_thread():  # as the workers train
+                faster = bf16_faster(work.parent, work.task)
+            baseline = replace(baseline, facts=baseline.facts.model_copy(update={"bf16": faster}))
             if self.derived:
                 baseline = self.derive(baseline, work)
             first = Header(

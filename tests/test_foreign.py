@@ -1,6 +1,7 @@
 import copy
 import pickle
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,6 +223,15 @@ def test_answers_of_any_form_become_tensors():
         answer(module, (), {"text": "none"})
 
 
+def test_a_network_without_a_tensor_in_its_answer_is_said_once():
+    class Words(nn.Module):
+        def forward(self, images):
+            return {"n": 3}
+
+    with pytest.raises(UserError, match=r"^model Words: answers with a dict that holds no tensor; return tensors$"):
+        Foreign("mine", Words, IMAGE).sites()
+
+
 # --- weights ----------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +295,10 @@ def test_a_prefix_that_is_the_networks_own_stays(weights):
     ("change", "told"),
     [
         ({"head.weight": torch.zeros(5, 9)}, r"head.weight is \(5, 9\), the network has \(5, 8\)"),
-        ({"conv.bias": torch.full((8,), float("nan"))}, "conv.bias holds numbers that are not finite"),
+        (
+            {"conv.bias": torch.full((8,), float("nan"))},
+            r"weights\.pt: conv.bias holds numbers that are not finite; take",
+        ),
         ({"norm.running_var": torch.full((8,), torch.inf)}, "norm.running_var holds numbers that are not finite"),
         ({"attention.in_proj_weight": torch.zeros(27, 8)}, r"attention.q.weight is \(9, 8\), the network has \(8, 8\)"),
         ({"extra": torch.zeros(1)}, "extra is not the network's"),
@@ -308,8 +321,36 @@ def test_a_file_without_a_state_dict(weights, content):
 
 
 def test_a_pickled_network_is_not_executed(weights):
-    with pytest.raises(UserError, match="holds more than tensors, which is not loaded"):
+    with pytest.raises(UserError, match=r"holds \S*test_foreign\.Small beside tensors, which is not loaded; save the"):
         loaded(weights(Small()))
+
+
+class Command:
+    """Runs when it is unpickled."""
+
+    def __init__(self, ran):
+        self.ran = ran
+
+    def __reduce__(self):
+        return Path.touch, (self.ran,)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])  # torch remarks on the second, which is no warning of ours
+def test_code_in_a_file_of_weights_is_not_run(tmp_path, protocol):
+    path, ran = tmp_path / "weights.pt", tmp_path / "ran"
+    path.write_bytes(pickle.dumps(Command(ran), protocol=protocol))
+    with pytest.raises(
+        UserError, match=r"weights\.pt: (holds \S+ beside tensors|is no weights file).*; save the weights"
+    ):
+        loaded(path)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("content", [b"hello", b""])
+def test_a_file_that_is_none_of_weights(tmp_path, content):
+    (path := tmp_path / "weights.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"weights\.pt: (is no weights file; save the weights alone|not readable)"):
+        loaded(path)
 
 
 # --- networks that make trouble -----------------------------------------------------------------------------------

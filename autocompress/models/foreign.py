@@ -106,6 +106,8 @@ class Foreign:
         try:
             with still(parent):
                 parent(*examples(self.spec))
+        except (UserError, TrialFailure):  # says already what and where
+            raise
         except Exception as error:  # a stranger's forward may raise anything
             shapes = ", ".join(str(one.shape) for one in self.spec.every)
             raise UserError(
@@ -150,6 +152,7 @@ def answer(module: nn.Module, inputs: Any, outputs: Any) -> Tensor | tuple[Tenso
     """
     if isinstance(outputs, Tensor):
         return outputs
+    given = type(outputs).__name__
     logits = getattr(outputs, "logits", None)
     if isinstance(logits, Tensor):
         return logits
@@ -160,7 +163,7 @@ def answer(module: nn.Module, inputs: Any, outputs: Any) -> Tensor | tuple[Tenso
         outputs = tuple(outputs.values())
     tensors = tuple(one for one in outputs if isinstance(one, Tensor)) if isinstance(outputs, tuple | list) else ()
     if not tensors:
-        raise UserError(f"model {type(module).__name__}: answers with a {type(outputs).__name__} that holds no tensor")
+        raise UserError(f"model {type(module).__name__}: answers with a {given} that holds no tensor; return tensors")
     return tensors[0] if len(tensors) == 1 else tensors
 
 
