@@ -115,6 +115,7 @@ class Work:
     epochs: float = 10.0
     exporter: exporting.Exporter = "torchscript"
     gate: Gate = field(default_factory=OpenGate)
+    bf16: bool | None = None  # how candidates train; None: by what the processor can do
 
     @property
     def opset(self) -> int:
@@ -387,6 +388,7 @@ def training(work: Work, shaped: Shaped, policy: Policy, seed: int) -> Training:
         temperature=taught.temperature,
         kind=taught.kind,
         lr=rate(work, shaped),
+        bf16=work.bf16,
         pause=work.gate.step,
         instruments=tuple((train_op(work, receipt), receipt) for receipt in shaped.instruments),
     )

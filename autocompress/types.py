@@ -309,6 +309,7 @@ class Facts(Record):
     baseline_quality: Quality | None = None
     baseline_size_mb: float = 0.0
     parent: str = ""  # sha256 of the parent's weights
+    bf16: bool | None = None  # whether a training step in bfloat16 was faster here; None: not tried
     fingerprints: dict[str, dict[str, Any]] = {}  # device fingerprints by their short hash
     versions: dict[str, str] = {}
     warm: tuple[Trial, ...] = ()  # trials of earlier runs of the same space

@@ -8,8 +8,9 @@ from torch import nn
 
 from autocompress import train
 from autocompress.distill import Distill, response_loss
+from autocompress.models.convnet import ConvNet
 from autocompress.tasks.digits import Digits
-from autocompress.train import one_cycle, reestimate_batchnorm
+from autocompress.train import bf16_faster, one_cycle, reestimate_batchnorm
 from autocompress.types import Profile, Rule, TrialFailure, UserError
 from examples.my_task import EvenDigits
 
@@ -285,3 +286,17 @@ def test_without_batchnorm_no_batch_is_drawn():
             raise AssertionError("drawn")
 
     reestimate_batchnorm(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), Silent(), 4)
+
+
+def test_whether_bf16_pays_is_tried_on_a_copy():
+    module, task = ConvNet(arch={"resolution": 8, "width.0": 16, "width.1": 16, "width.2": 16}).build({}), Digits()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert bf16_faster(module, task) in (True, False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_bf16_is_not_tried_where_the_processor_lacks_it(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert bf16_faster(torch.nn.Identity(), Digits()) is False
