@@ -6,13 +6,15 @@ Own SVG rather than plotly: a hundredth of its inlined script, it prints, and it
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 
 from autocompress import pareto
 from autocompress.artifact import PolicyFile
-from autocompress.summary import TIMES, Control, Figures, Winner, describe, lost, times
+from autocompress.summary import TIMES, Control, Figures, Winner, asks, describe, lost, times
 from autocompress.types import Budget, Candidate, Choice, Goal, Limit, Quality, Reading, Site, State, Trial
 
 
@@ -71,6 +73,7 @@ class Mark:
     label: str = ""
     left: bool = False  # label on the left side
     whiskers: tuple[float, float, float, float] | None = None  # x low, x high, y low, y high
+    up: float = -9.0  # pixels from the mark down to its label
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def panel(
         x_ticks=tuple(Tick(x(v), f"{v:g}") for v in log_ticks(x.low, x.high)),
         top_ticks=tuple(Tick(x(base_ms / v), f"{v:g}{TIMES}") for v in log_ticks(base_ms / x.high, base_ms / x.low)),
         y_ticks=tuple(Tick(y(v), f"{v:.4g}") for v in ticks(y.low, y.high, 6)),
-        marks=tuple(marks),
+        marks=tuple(_readable(marks)),
         front=" ".join(steps),
         limits=tuple(lines),
         floor=Line(floor_y, f"{limit.metric} floor {limit.floor:.4g}") if floor_in else None,
@@ -169,6 +172,28 @@ def panel(
         f"{sum(m.kind in ('stopped', 'below') for m in marks)} below or stopped, "
         f"{sum(m.kind == 'infeasible' for m in marks)} too slow to train",
     )
+
+
+def _readable(marks: Sequence[Mark]) -> list[Mark]:
+    """Labels that would lie over an earlier one go below their marks."""
+    taken: list[tuple[float, float, float]] = []
+    found: list[Mark] = []
+    for mark in marks:
+        if mark.label:
+            width = 7.0 * len(mark.label)
+            start = mark.x - 11 - width if mark.left else mark.x + 11
+
+            def over(up: float, mark: Mark = mark, start: float = start, width: float = width) -> bool:
+                return any(
+                    start < end + 8 and start + width + 8 > begin and abs(mark.y + up - y) < 14
+                    for begin, end, y in taken
+                )
+
+            ups = (mark.up, 18.0, -24.0)
+            mark = replace(mark, up=next((up for up in ups if not over(up)), mark.up))  # noqa: PLW2901
+            taken.append((start, start + width, mark.y + mark.up))
+        found.append(mark)
+    return found
 
 
 def _bounds(budget: Budget, base_ms: float) -> list[tuple[float, str]]:
@@ -231,16 +256,24 @@ def _distinct(winners: Sequence[Winner], profile: str) -> list[Winner]:
 # --- the network --------------------------------------------------------------------------------------------------
 
 
+UNSEEN = {"quantize", "store", "qat", "distill"}
+"""Ops that change no layer's shape; what type it computes with is drawn from its bits."""
+
+
 @dataclass(frozen=True)
 class Layer:
-    """One site of the unmodified network as the winner has it."""
+    """One layer of the unmodified network as the winner has it."""
 
     x: float
     full: float  # height of the unmodified layer
     kept: float  # height of what is left, 0 when dropped
     kind: str
-    bits: str
+    bits: str  # as the op quantize names them
+    fill: str  # class of the fill: float, int8, int8-dynamic, int4, half, or none where nothing was done
     rank: str
+    form: str  # what took its place: separable ..., merged; else empty
+    zeros: str  # of its weights: 50 %, 2:4; else empty
+    marks: str  # the three in words, for the label
     title: str
     label: str
     dropped: bool
@@ -248,7 +281,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of neighbouring sites with a common prefix."""
+    """A run of neighbouring layers with a common prefix; of blocks, one that was dropped or merged."""
 
     x: float
     width: float
@@ -263,24 +296,36 @@ class Network:
     height: int
     middle: float
     bar: float
+    foot: float  # where the labels of layers begin, which hang from there
     layers: tuple[Layer, ...]
     stages: tuple[Stage, ...]
+    blocks: tuple[Stage, ...]
     knobs: str
     dropped: int
     int8: int
     factored: int
     pruned: int
+    replaced: int
+    zeros: int
+    fills: tuple[tuple[str, str, int], ...]  # class, words, layers
     kinds: tuple[str, ...]
+
+
+FILLS = {"float16": "half", "bfloat16": "half"}
+_ROOM = 1110.0  # the page's width in pixels, without margins
+_GLYPH = 6.0  # pixels that a letter of a label takes
 
 
 def network(policy: PolicyFile, shapes: Mapping[str, Sequence[int]]) -> Network:
     """The winner's layers. `shapes` are the shipped weights' (name -> shape): what is left is read there."""
-    sites = policy.sites
-    room = 1060.0 / max(len(sites), 1)  # as wide as the page where that is not clumsy, scrolling where it must
-    bar = round(min(max(room * 0.7, 12.0), 40.0), 1)
-    gap = round(bar * 0.4, 1)
+    sites = [site for site in policy.sites if site.kind != "block"]
+    prefixes = _prefixes([site.name for site in sites])
+    breaks = sum(one != other for one, other in pairwise(prefixes))
+    gap = 14.0 if breaks * 14.0 < _ROOM / 3 else 6.0
+    pitch = (_ROOM - breaks * gap) / max(len(sites), 1)  # as wide as the page, scrolling where labels would touch
+    bar = round(min(max(pitch / 1.4, 9.5), 40.0), 1)
     tallest = max((site.out_channels for site in sites), default=1) or 1
-    middle, most = 96.0, 150.0
+    middle, most = 100.0, 150.0
     skipped = {
         (receipt.op, entry.site)
         for receipt in (*policy.receipts, *(r for those in policy.numeric.values() for r in those))
@@ -289,27 +334,31 @@ def network(policy: PolicyFile, shapes: Mapping[str, Sequence[int]]) -> Network:
     }
     layers: list[Layer] = []
     x = 30.0
-    last = ""
-    for site in sites:
-        prefix = _prefix(site.name)
-        x += 14.0 if last and prefix != last else 0.0
-        last = prefix
-        layers.append(_layer(site, policy, shapes, skipped, x, most / tallest))
-        x += bar + gap
-    stages = tuple(_stages(sites, layers, bar))
+    for index, site in enumerate(sites):
+        x += gap if index and prefixes[index] != prefixes[index - 1] else 0.0
+        layers.append(_layer(site, policy, shapes, skipped, round(x, 1), most * math.sqrt(site.out_channels / tallest)))
+        x += round(bar * 1.4, 1)
     alive = [layer for layer in layers if not layer.dropped]
+    foot = middle + most / 2 + 10
+    longest = max((len(layer.label) + len(layer.marks) + 2 * bool(layer.marks) for layer in layers), default=0)
+    counted = Counter((layer.fill, layer.bits if layer.fill != "none" else "not touched") for layer in alive)
     return Network(
         width=round(x + 30),
-        height=258,
+        height=round(foot + longest * _GLYPH + 34),
         middle=middle,
         bar=bar,
+        foot=foot,
         layers=tuple(layers),
-        stages=stages,
+        stages=tuple(_stages(prefixes, layers, bar, gap)),
+        blocks=tuple(_blocks(policy, sites, layers, skipped, bar)),
         knobs=describe(Candidate(arch=policy.arch, policy=policy.policy), policy.parent_arch),
         dropped=len(layers) - len(alive),
         int8=sum(layer.bits == "int8" for layer in alive),
         factored=sum(bool(layer.rank) for layer in alive),
         pruned=sum(layer.kept < layer.full - 0.5 for layer in alive),
+        replaced=sum(bool(layer.form) for layer in alive),
+        zeros=sum(bool(layer.zeros) for layer in alive),
+        fills=tuple((fill, bits, count) for (fill, bits), count in counted.most_common()),
         kinds=tuple(dict.fromkeys(layer.kind for layer in layers)),
     )
 
@@ -320,42 +369,70 @@ def _layer(
     shapes: Mapping[str, Sequence[int]],
     skipped: set[tuple[str, str]],
     x: float,
-    scale: float,
+    height: float,
 ) -> Layer:
-    settings: dict[str, Mapping[str, Choice]] = {
-        rule.op: rule.settings
+    holding = [
+        rule
         for rule in policy.policy.rules
-        if (site.name == rule.site or site.name.startswith(rule.site + "."))
+        if (rule.site in (".", site.name) or site.name.startswith(rule.site + "."))
         and (rule.op, rule.site) not in skipped
         and (rule.op, site.name) not in skipped
-    }
+    ]
+    settings: dict[str, dict[str, Choice]] = {}
+    for rule in sorted(holding, key=lambda rule: len(rule.site) if rule.site != "." else 0):
+        settings[rule.op] = {**settings.get(rule.op, {}), **rule.settings}
+    settings = {op: those for op, those in settings.items() if asks(op, those)}
     left = _channels(site, policy, shapes, settings)
     dropped = left == 0
     bits = str(settings.get("quantize", {}).get("bits", "float"))
     rank = settings.get("lowrank", {}).get("rank")
     share = f"{rank:g}" if isinstance(rank, float) else "" if rank is None else str(rank)
+    merged = settings.get("block", {}).get("kind") == "merge"
+    form = "merged" if merged else str(settings.get("replace", {}).get("kind", ""))
+    zeros = _zeros(settings.get("sparsify", {}))
     words = [
         site.name,
         f"{site.kind}, {site.in_channels} to {site.out_channels} channels"
         + (f", kernel {site.kernel}" if site.kernel > 1 else ""),
-        "dropped" if dropped else f"{left} of {site.out_channels} output channels left",
+        ("merged into its block's other layers" if merged else "dropped")
+        if dropped
+        else f"{left} of {site.out_channels} output channels left",
     ]
     words += [
         f"{op}: {', '.join(f'{key} {value}' for key, value in those.items())}"
         for op, those in settings.items()
-        if not dropped
+        if not dropped and op not in ("qat", "distill")
     ]
-    full = max(site.out_channels * scale, 5.0)
+    full = max(height, 5.0)  # by the square root, so that narrow layers of wide networks can be seen
+    kept = 0.0 if dropped else max(min(left, site.out_channels) / max(site.out_channels, 1) * full, 3.0)
+    same = left >= site.out_channels and bits == "float" and not settings.keys() - UNSEEN
+    marks = [f"rank {share}" if share else "", form, f"{zeros} zeros" if zeros else ""]
     return Layer(
         x=x,
         full=round(full, 1),
-        kept=0.0 if dropped else round(max(min(left, site.out_channels) / max(site.out_channels, 1) * full, 3.0), 1),
+        kept=round(kept, 1),
         kind=site.kind,
         bits=bits,
+        fill="none" if same else FILLS.get(bits, bits),
         rank="" if dropped else share,
+        form="" if dropped else form,
+        zeros="" if dropped else zeros,
+        marks="" if dropped else ", ".join(mark for mark in marks if mark),
         title="\n".join(words),
         label=_label(site.name),
         dropped=dropped,
+    )
+
+
+def _zeros(settings: Mapping[str, Choice]) -> str:
+    """`50 %`, or the pattern where there is one: 2:4."""
+    pattern, ratio = settings.get("pattern", "unstructured"), settings.get("ratio", 0.0)
+    return (
+        str(pattern)
+        if settings and pattern != "unstructured"
+        else f"{float(ratio):.0%}".replace("%", " %")
+        if ratio
+        else ""
     )
 
 
@@ -369,12 +446,27 @@ def _channels(
             for name, shape in shapes.items()
             if len(shape) >= 2 and (name == f"{site.name}.weight" or name.startswith(f"{site.name}."))
         ]
-        return int(max(inside, key=lambda entry: _natural(entry[0]))[1][0]) if inside else 0
+        axis = 1 if site.kind in ("embedding", "transposed") else 0  # their weights are (in, out, ...)
+        return int(max(inside, key=lambda entry: _natural(entry[0]))[1][axis]) if inside else 0
     arch = {**policy.parent_arch, **policy.arch}
     if any(name in arch and arch[name] not in allowed for name, allowed in site.when.items()):
         return 0
+    if settings.get("block", {}).get("kind") == "drop":
+        return 0
     ratio = settings.get("prune", {}).get("ratio", 0.0)
     return round(site.out_channels * (1.0 - (float(ratio) if not isinstance(ratio, str) else 0.0)))
+
+
+def _blocks(
+    policy: PolicyFile, sites: Sequence[Site], layers: Sequence[Layer], skipped: set[tuple[str, str]], bar: float
+) -> Iterable[Stage]:
+    """Blocks that were dropped or merged, as far as their layers reach."""
+    words = {"drop": "dropped", "merge": "merged"}
+    for rule in policy.policy.rules:
+        inside = [layer for site, layer in zip(sites, layers, strict=True) if site.name.startswith(rule.site + ".")]
+        said = words.get(str(rule.settings.get("kind")), "")
+        if rule.op == "block" and said and inside and ("block", rule.site) not in skipped:
+            yield Stage(inside[0].x, round(inside[-1].x + bar - inside[0].x, 1), said)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -387,17 +479,50 @@ def _label(name: str) -> str:
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
-def _prefix(name: str) -> str:
-    """`stages.0` of `stages.0.2.conv1`: what a reader would call the stage."""
+def _prefixes(names: Sequence[str]) -> list[str]:
+    """What a reader would call the stage of each layer: `stages.0` of `stages.0.2.conv1`.
+
+    Deeper where most layers would be one stage: `encoder.layers.3` of `encoder.layers.3.mlp.0`.
+    """
+    depth, most = 2, max((name.count(".") for name in names), default=0)
+    found = [_prefix(name, depth) for name in names]
+    while depth < most and max(Counter(found).values()) > max(len(names) / 2, 8):
+        depth += 1
+        found = [_prefix(name, depth) for name in names]
+    return found
+
+
+def _prefix(name: str, depth: int) -> str:
+    """At most `depth` parts, and never the layer's own."""
     parts = name.split(".")
-    return ".".join(parts[:2]) if len(parts) > 2 else parts[0]
+    return ".".join(parts[: min(depth, len(parts) - 1)]) or name
 
 
-def _stages(sites: Sequence[Site], layers: Sequence[Layer], bar: float) -> Iterable[Stage]:
-    pairs = zip(sites, layers, strict=True)
-    for prefix, group in groupby(pairs, key=lambda pair: _prefix(pair[0].name)):
+def _stages(prefixes: Sequence[str], layers: Sequence[Layer], bar: float, gap: float) -> Iterable[Stage]:
+    for prefix, group in groupby(zip(prefixes, layers, strict=True), key=lambda pair: pair[0]):
         members = [layer for _, layer in group]
-        yield Stage(members[0].x, round(members[-1].x + bar - members[0].x, 1), prefix)
+        width = round(members[-1].x + bar - members[0].x, 1)
+        yield Stage(members[0].x, width, _fitting(prefix, width + 1.5 * gap))
+
+
+def _fitting(name: str, width: float) -> str:
+    """As much of a name as there is room for: all, its last part, the number at its end, or nothing."""
+    last = name.rpartition(".")[2]
+    number = re.search(r"\d+$", last)
+    tries = (name, last, number.group() if number and name != last else "")
+    return next((one for one in tries if len(one) * 6.6 <= width), "")
+
+
+def steps(winners: Sequence[Winner]) -> tuple[str, ...]:
+    """Names of the stages of several winners in one order: each where the winner that has it puts it."""
+    found: list[str] = []
+    for winner in winners:
+        at = 0
+        for stage in winner.stages:
+            if stage.name not in found:
+                found.insert(at, stage.name)
+            at = found.index(stage.name) + 1
+    return tuple(found)
 
 
 # --- over time ----------------------------------------------------------------------------------------------------

@@ -164,7 +164,13 @@ def render(out: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"times": summary.times, "lost": summary.lost, "clock": clock, "big": _big}
+    environment.filters |= {
+        "times": summary.times,
+        "lost": summary.lost,
+        "clock": clock,
+        "big": _big,
+        "change": _change,
+    }
     return environment.get_template("report.html.jinja").render(
         title=" · ".join(part for part in (found.task, found.builder, found.searcher) if part) or "search",
         run=run,
@@ -174,6 +180,7 @@ def render(out: Path) -> str:
         winners=winners,
         panels=_panels(run, found, winners, words),
         networks=_networks(out, winners),
+        steps=charts.steps,
         growth=charts.growth(run.order, run.goals, run.limit, baseline),
         shares=charts.shares(found.seconds),
         failed=[failure for failure in found.failures if failure.state == State.FAILED],
@@ -274,6 +281,11 @@ def _big(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value:g}"
+
+
+def _change(value: float, form: str = "%+d") -> str:
+    """`+3`, `-0.0133` with a minus sign that is as wide as the plus."""
+    return (form % value).replace("-", summary.MINUS)
 
 
 def _plain(value: Any) -> Any:

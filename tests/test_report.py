@@ -27,15 +27,19 @@ from autocompress.tasks import InputSpec
 from autocompress.testing.closed_form import ClosedForm
 from autocompress.types import (
     Candidate,
+    Choice,
     Cost,
+    Entry,
     Fidelity,
     Interval,
     Outcome,
     Policy,
     Quality,
+    Receipt,
     Rule,
     SearchPlan,
     Site,
+    Stage,
     State,
     Trial,
     UserError,
@@ -290,6 +294,36 @@ def test_a_candidate_in_a_few_words():
     assert summary.describe(Candidate(arch={"depth": 3}, policy=Policy()), {"depth": 3}) == "unchanged"
 
 
+def test_what_an_op_does_is_named_by_its_kind_and_rules_that_ask_nothing_are_not():
+    asked: list[tuple[str, str, dict[str, Choice]]] = [
+        ("a", "block", {"kind": "drop"}),
+        ("b", "block", {"kind": "drop"}),
+        ("c", "block", {"kind": "merge"}),
+        ("d", "replace", {"kind": "separable"}),
+        ("e", "replace", {"kind": "keep"}),
+        ("e", "prune", {"importance": "taylor", "ratio": 0.5}),
+        ("f", "prune", {"importance": "taylor", "ratio": 0.0}),
+        ("g", "lowrank", {"method": "tucker", "rank": 0.25}),
+        ("h", "lowrank", {"rank": 1.0, "data": True}),
+        ("i", "sparsify", {"ratio": 0.5, "pattern": "2:4"}),
+        ("j", "sparsify", {"ratio": 0.7, "pattern": "unstructured"}),
+        (".", "qat", {"bits": "int8"}),
+        ("k", "quantize", {"bits": "int8-dynamic"}),
+        (".", "quantize", {"equalize": True, "correct_bias": False}),
+        ("l", "quantize", {"bits": "float", "calibration": "minmax"}),
+        ("m", "store", {"codec": "codebook"}),
+        (".", "distill", {"weight": 0.9, "kind": "attention"}),
+        (".", "mine", {"share": 0.2}),
+    ]
+    rules = tuple(Rule(site=site, op=op, settings=settings) for site, op, settings in asked)
+    words = summary.describe(Candidate(arch={}, policy=Policy(rules=rules)))
+    assert words.split(" \u00b7 ") == [
+        "drop block \u00d72", "merge block", "replace separable", "prune 0.5", "lowrank tucker 0.25",
+        "sparsify 2:4 0.5", "sparsify 0.7", "qat int8", "int8-dynamic", "equalized", "store codebook",
+        "distill attention 0.9", "mine 0.2",
+    ]  # fmt: skip
+
+
 def test_a_broken_summary_is_a_user_error(tmp_path: Path):
     assert summary.read(tmp_path) is None
     (tmp_path / "summary.json").write_text('{"format": 1, "surprise": 2}')
@@ -478,3 +512,76 @@ def test_the_network_is_read_from_the_shipped_weights():
     guessed = charts.network(policy, {})
     assert [layer.dropped for layer in guessed.layers] == [False] * 4
     assert guessed.layers[1].kept == pytest.approx(guessed.layers[1].full / 2, abs=0.2)
+
+
+def test_layers_that_were_touched_are_told_apart():
+    names = ("conv1", "l.0.a", "l.0.b", "l.1.a", "l.1.b", "l.2.a", "l.2.b", "l.3.a", "l.3.b", "fc")
+    layers = [Site(name=name, kind="conv", in_channels=8, out_channels=8, kernel=3) for name in names]
+    blocks = [Site(name=name, kind="block", ops=("block",)) for name in ("l.0", "l.1", "l.2")]
+    asked: list[tuple[str, str, dict[str, Choice]]] = [
+        ("l.0", "block", {"kind": "drop"}),
+        ("l.1", "block", {"kind": "merge"}),
+        ("l.2", "block", {"kind": "drop"}),  # skipped
+        ("l.2.a", "replace", {"kind": "separable"}),
+        ("l.2.b", "sparsify", {"ratio": 0.5, "pattern": "unstructured"}),
+        ("l.3", "quantize", {"bits": "int8"}),
+        ("l.3.b", "quantize", {"bits": "int4"}),
+        (".", "quantize", {"equalize": True}),
+        (".", "qat", {"bits": "int8"}),
+        (".", "store", {"codec": "zstd"}),
+    ]
+    policy = artifact.PolicyFile(
+        builder="b",
+        policy=Policy(rules=tuple(Rule(site=site, op=op, settings=settings) for site, op, settings in asked)),
+        receipts=(Receipt(op="block", entries=(Entry(site="l.2", status="skipped", why="w"),)),),
+        sites=(*layers, *blocks),
+    )
+    gone = ("l.0.a", "l.0.b", "l.1.a")
+    shapes = {f"{name}.weight": (8, 8, 3, 3) for name in names if name not in gone}
+    picture = charts.network(policy, shapes)
+    found = dict(zip(names, picture.layers, strict=True))
+    assert [name for name, layer in found.items() if layer.dropped] == list(gone)
+    assert {name for name, layer in found.items() if layer.fill == "none"} == {"conv1", "fc"}
+    assert (found["l.3.a"].fill, found["l.3.b"].fill) == ("int8", "int4")
+    assert (found["l.1.b"].form, found["l.2.a"].form) == ("merged", "separable")
+    assert found["l.2.b"].marks == "50 % zeros"
+    assert "merged into" in found["l.1.a"].title
+    assert [block.label for block in picture.blocks] == ["dropped", "merged"]
+    assert {(words, count) for _, words, count in picture.fills} == {
+        ("not touched", 2), ("float", 3), ("int8", 1), ("int4", 1),
+    }  # fmt: skip
+    assert (picture.dropped, picture.replaced, picture.zeros) == (3, 2, 1)
+
+
+def test_stages_of_a_deep_network_are_its_blocks():
+    names = [
+        "proj",
+        *(f"encoder.layers.layer_{i}.{part}" for i in range(8) for part in ("q", "k", "v", "mlp.0")),
+        "head",
+    ]
+    sites = tuple(Site(name=name, kind="linear", in_channels=8, out_channels=8) for name in names)
+    picture = charts.network(artifact.PolicyFile(builder="b", sites=sites), {})
+    assert [stage.label for stage in picture.stages] == ["proj", *(f"layer_{i}" for i in range(8)), "head"]
+    assert all(layer.fill == "none" for layer in picture.layers)
+
+
+def test_labels_over_one_another_move_apart():
+    near = [
+        charts.Mark(100, 50, "int8", "", label="int8"),
+        charts.Mark(180, 50, "baseline", "", label="baseline", left=True),
+    ]
+    moved = charts._readable([*near, charts.Mark(300, 50, "winner", "", label="2x")])
+    assert moved[0].up == moved[2].up == near[0].up
+    assert moved[1].up > 0
+
+
+def test_stages_of_several_winners_share_columns(finished: tuple[Run, Summary]):
+    one = next(iter(finished[1].winners.values()))
+    quality = next(found.selection for found in one.devices.values())
+    assert quality is not None
+
+    def staged(*names: str) -> summary.Winner:
+        return one.model_copy(update={"stages": tuple(Stage(name=name, quality=quality) for name in names)})
+
+    winners = [staged("inherited", "prune", "trained", "shipped"), staged("inherited", "block", "lowrank", "trained")]
+    assert charts.steps(winners) == ("inherited", "block", "lowrank", "prune", "trained", "shipped")
