@@ -125,7 +125,7 @@ def _header(progress: Progress, now: float, width: int) -> RenderableType:
     counted = Counter(trial.state for trial in progress.searched)
     running = counted[State.RUNNING] + counted[State.RUNG]
     states = Text("  ").join(
-        [Text(f"{running} running", style="cyan" if running else "dim")]
+        [Text(f"{running} running", style="cyan" if running else "dim")] * (running > 0 or not progress.ended)
         + [
             Text(f"{counted[state]} {state.value}", style=STYLE[state])
             for state in State
@@ -136,7 +136,7 @@ def _header(progress: Progress, now: float, width: int) -> RenderableType:
     cells = 24 if width >= 80 else 6
     filled = round(progress.share(now) * cells)
     bar.append("━" * filled, style="green").append("━" * (cells - filled), style="bright_black")
-    left = progress.left(now)
+    left = progress.left(now) or None  # once the search is over, the stage says what is still done
     first = Table.grid(Column(), Column(ratio=1), Column(justify="right"), expand=True, padding=(0, 2, 0, 0))
     spent = f"{clock(progress.elapsed(now))} of {clock(cost.minutes * 60)}"
     about = Text(f"{progress.ended}/{cost.trials} trials   {spent}", no_wrap=True)

@@ -72,6 +72,18 @@ def test_the_view_before_anything_is_known():
     assert "0/20 trials" in text
 
 
+def test_what_is_over_is_not_counted_down():
+    known = progress(trials=13)
+    for at, trial in enumerate(trials(12)):
+        known.see(trial, float(at))
+    known.stage = "certifying finalists"
+    text = drawn(known, 100)
+    assert "13/13 trials" in text
+    assert "certifying finalists" in text
+    assert "0 running" not in text
+    assert "left" not in text
+
+
 def test_time_left_is_the_nearer_of_trials_and_minutes():
     known = progress(trials=20)
     assert known.left(5.0) is None
@@ -173,6 +185,16 @@ def test_the_end_is_a_table_in_a_terminal_and_facts_elsewhere():
     rows = result_lines(found, Path("o"), Path("o/r.html"))
     assert rows[-1] == "report: o/r.html"
     assert any(row.startswith("all-devices: #") for row in rows)
+
+
+def test_the_end_names_the_folder_of_what_came_closest():
+    found = summarised()
+    near = {
+        name: one.model_copy(update={"path": f"closest/{name}"})
+        for name, one in {**found.winners, **found.closest}.items()
+    }
+    rows = result_lines(found.model_copy(update={"winners": {}, "closest": near}), Path("o"), Path("o/r.html"))
+    assert rows[-2:] == ["closest: o/closest", "report: o/r.html"]
 
 
 def test_the_end_of_a_search_that_found_nothing():
