@@ -13,7 +13,7 @@ from autocompress import auto
 from autocompress.devices.cores import plan_cores
 from autocompress.journal import began
 from autocompress.models.trace import examples, thop_count
-from autocompress.parent import load_parent
+from autocompress.parent import load_parent, strangers
 from autocompress.parts import Parts, parts
 from autocompress.space import cardinality
 from autocompress.train import Training
@@ -81,7 +81,8 @@ def estimate(job: Job, made: Parts | None = None) -> Estimate:
         load_parent(module, Path(job.model.weights))
     macs, parameters = thop_count(module, examples(made.task.input))
     training = Training(module, made.task, epochs=1.0, seed=0)
-    seconds = step_seconds(training)
+    with strangers(made.builder.name):
+        seconds = step_seconds(training)
     epochs = job.model.epochs if job.model.weights is None else 0.0
     parent_s = seconds * training.steps_per_epoch * epochs
     fidelity = job.search.fidelity

@@ -306,7 +306,14 @@ def parity(module: nn.Module, model: bytes, *inputs: NDArray[Any]) -> float:
     finally:
         for part, mode in modes.items():
             part.training = mode
-    found = several(predictor(model)(inputs))
+    predict = predictor(model)
+    try:
+        found = several(predict(inputs))
+    except Exception as error:  # onnxruntime's errors have no class of their own
+        raise TrialFailure(
+            f"parity: the file does not run on a batch of {len(inputs[0])}; a network that turns its batch size into a "
+            f"number, as int(x.shape[0]), cannot be exported: {_line(error)}"
+        ) from error
     if len(found) != len(answers):
         raise TrialFailure(f"parity: the file has {len(found)} outputs, torch {len(answers)}")
     try:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from autocompress import export
+from autocompress import export, registry
 from autocompress.artifact import versions
 from autocompress.devices.fingerprint import short
 from autocompress.devices.station import Station
@@ -130,6 +132,23 @@ def train_parent(module: nn.Module, task: Task, epochs: float, seed: int) -> nn.
     return module.eval()
 
 
+@contextmanager
+def strangers(name: str) -> Iterator[None]:
+    """What a network that is none of ours raises while it is trained becomes a UserError that names the place."""
+    try:
+        yield
+    except (UserError, TrialFailure):
+        raise
+    except Exception as error:
+        if name in registry.BUILT_IN["builder"]:
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(last.filename).name}:{last.lineno}"
+        raise UserError(
+            f"model {name}: cannot be trained: {type(error).__name__} at {place}: {_line(error)}"
+        ) from error
+
+
 def run_through(training: Training, most: int) -> int:
     """Train to the end with `most` threads or with one, whichever is faster at the time; returns the last choice.
 
@@ -160,7 +179,8 @@ def make_parent(parts: Parts, folder: Path, say: Callable[[str], None]) -> nn.Mo
         load_parent(module, Path(parts.job.model.weights))
     elif parts.job.model.epochs > 0:
         say(f"training the uncompressed {parts.builder.name} for {parts.job.model.epochs:g} epochs")
-        train_parent(module, parts.task, parts.job.model.epochs, parts.job.search.seed)
+        with strangers(parts.builder.name):
+            train_parent(module, parts.task, parts.job.model.epochs, parts.job.search.seed)
     write_atomic(kept, weights_of(module))
     return module
 

@@ -124,6 +124,8 @@ def make_space(name: str, network: Builder, data: Task, profiles: Sequence[Profi
     """The space of a job: derived from the network, from the shelf or from a file."""
     if name != auto.NAME:
         return load.space(name, network)
+    if not network.sites():
+        raise UserError(f"space: auto: model {network.name} has no layer or block that an op could act on")
     return auto.space(network, data, multiple=max(profile.channel_multiple for profile in profiles))
 
 

@@ -13,8 +13,8 @@ from autocompress import export
 from autocompress.models import Builder
 from autocompress.models.attention import Attention
 from autocompress.models.foreign import Foreign, answer
-from autocompress.parent import load_parent, tied
-from autocompress.parts import make_builder
+from autocompress.parent import load_parent, strangers, tied, train_parent
+from autocompress.parts import make_builder, make_space
 from autocompress.pipeline import load_weights, weights_of
 from autocompress.tasks import InputSpec
 from autocompress.train import Training, reestimate_batchnorm
@@ -407,6 +407,58 @@ def test_a_function_that_no_file_can_hold_is_one_line():
     ) as error:
         export.export(module, FLAT, opset=17)
     assert "\n" not in str(error.value)
+
+
+class Backwards(torch.autograd.Function):
+    """A function whose gradient is broken."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("no way\nback")
+
+
+def test_a_function_without_a_gradient_names_its_place():
+    class Net(nn.Sequential):
+        def forward(self, images):
+            return super().forward(Backwards.apply(images + self[1].bias[0]))
+
+    net = Net(nn.Flatten(), nn.Linear(192, 2))
+    with (
+        pytest.raises(UserError, match=r"^model mine: cannot be trained: RuntimeError at test_foreign.py:\d+: no way"),
+        strangers("mine"),
+    ):
+        train_parent(net, One(), 1, 0)
+    with pytest.raises(RuntimeError), strangers("convnet"):
+        train_parent(net, One(), 1, 0)
+
+
+def test_a_network_for_one_sample_only_is_said():
+    class Alone(nn.Module):
+        def forward(self, rows):
+            return rows.view(1, 4)
+
+    with pytest.raises(UserError, match=r"^model mine: runs on one sample but not on a batch of two; let it take any"):
+        Foreign("mine", Alone, FLAT).sites()
+
+
+def test_a_batch_size_written_into_the_file_is_one_line():
+    class Fixed(nn.Module):
+        def forward(self, rows):
+            return rows.reshape(int(rows.shape[0]), 2, 2)
+
+    model = export.compose(export.export(Fixed(), FLAT, opset=17))
+    with pytest.raises(TrialFailure, match="parity: the file does not run on a batch of 5") as error:
+        export.parity(Fixed(), model, np.zeros((5, 4), np.float32))
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_to_act_on_is_said():
+    with pytest.raises(UserError, match=r"^space: auto: model mine has no layer or block that an op could act on$"):
+        make_space("auto", Foreign("mine", nn.Flatten, FLAT), One(), ())
 
 
 class One:

@@ -103,18 +103,21 @@ class Foreign:
     @cached_property
     def _sites(self) -> tuple[Site, ...]:
         parent = self._parent
+        self._runs(
+            parent, 1, f"does not run on the task's input {', '.join(str(one.shape) for one in self.spec.every)}"
+        )
+        self._runs(parent, 2, "runs on one sample but not on a batch of two; let it take any number")
+        found = [*blocks(parent, examples(self.spec)), *sites(parent, examples(self.spec))]
+        return tuple(sorted(found, key=lambda site: site.depth))
+
+    def _runs(self, parent: nn.Module, size: int, trouble: str) -> None:
         try:
             with still(parent):
-                parent(*examples(self.spec))
+                parent(*examples(self.spec, size))
         except (UserError, TrialFailure):  # says already what and where
             raise
         except Exception as error:  # a stranger's forward may raise anything
-            shapes = ", ".join(str(one.shape) for one in self.spec.every)
-            raise UserError(
-                f"model {self.name}: does not run on the task's input {shapes}: {type(error).__name__}: {_line(error)}"
-            ) from error
-        found = [*blocks(parent, examples(self.spec)), *sites(parent, examples(self.spec))]
-        return tuple(sorted(found, key=lambda site: site.depth))
+            raise UserError(f"model {self.name}: {trouble}: {type(error).__name__}: {_line(error)}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels to workers: the tracing's network stays here."""
