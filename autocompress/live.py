@@ -23,7 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from autocompress import pareto, space
-from autocompress.summary import DASH, TIMES, Summary, Winner, describe, lost, parent_arch, times
+from autocompress.summary import DASH, TIMES, Summary, Winner, describe, lost, parent_arch, simpler, times
 from autocompress.types import Budget, Facts, Goal, Limit, SearchPlan, Space, State, Trial
 
 STYLE = {
@@ -444,6 +444,7 @@ def result(summary: Summary, out: Path, report: Path | None = None) -> Renderabl
             f"{name}: no candidate met its budget and the quality floor; closest is #{winner.number}: {winner.reason}"
         )
         parts.append(Text(_one_line(words), style="yellow"))
+        parts += [Text(f"{name}: {words}")] if (words := simpler(summary, name)) else []
     parts += [Text(_one_line(f"{w.goal}: {w.reason}"), style="yellow") for w in summary.winners.values() if w.reason]
     if not winners:
         parts.append(Text("no trial was measured, so there is nothing to choose from", style="yellow"))
@@ -491,6 +492,7 @@ def result_lines(summary: Summary, out: Path, report: Path | None = None) -> lis
         verdict = "certified" if winner.certified else f"not certified: {winner.reason}"
         lines.append(_one_line(f"{winner.goal}: #{winner.number}, {figures}, lost {words}, {verdict}"))
     lines += [f"{name}: no candidate met its budget and the quality floor" for name in summary.closest]
+    lines += [f"{name}: {words}" for name in summary.closest if (words := simpler(summary, name))]
     if not lines:
         lines.append("no trial was measured, so there is nothing to choose from")
     lines.append(f"{summary.trials} trials in {clock(summary.minutes * 60)}, {summary.state}")

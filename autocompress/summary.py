@@ -394,6 +394,23 @@ def _short(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def simpler(summary: Summary, goal: str) -> str:
+    """The control arm that holds a goal's limits although no candidate does: `int8 alone: 2.06x ...`; else empty.
+
+    By its readings of the search and the selection split: it is not certified.
+    """
+    budgets = {budget.profile for one in summary.goals if one.name == goal for budget in one.budgets}
+    for name, arm in summary.controls.items() if goal in summary.closest else ():
+        found = [figures for profile, figures in arm.devices.items() if profile in budgets]
+        if len(found) == len(budgets) > 0 and all(
+            one.budget_met and one.selection is not None and one.selection.value.value >= summary.limit.floor
+            for one in found
+        ):
+            speeds = min(one.speedup.value for one in found)
+            return f"{name} alone, without a search, holds these limits ({times(speeds)}); a longer search may find it"
+    return ""
+
+
 def genotype_hash(genotype: Genotype) -> str:
     """Eight hex digits that name a genotype in a table."""
     return hashlib.sha256(json.dumps(list(genotype)).encode()).hexdigest()[:8]

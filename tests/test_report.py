@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -585,3 +586,23 @@ def test_stages_of_several_winners_share_columns(finished: tuple[Run, Summary]):
 
     winners = [staged("inherited", "prune", "trained", "shipped"), staged("inherited", "block", "lowrank", "trained")]
     assert charts.steps(winners) == ("inherited", "block", "lowrank", "prune", "trained", "shipped")
+
+
+def test_a_control_arm_that_holds_what_no_candidate_holds_is_named(finished: tuple[Run, Summary]):
+    found = finished[1]
+    goal = next(goal for goal in found.goals if len(goal.budgets) == 1)
+    profile = goal.budgets[0].profile
+    nearest = {**found.winners, **found.closest}[goal.name]
+    arm = found.controls["int8"]
+    figures = arm.devices[profile].model_copy(update={"budget_met": True})
+    assert figures.selection is not None
+
+    def told(**changes: Any) -> str:
+        control = arm.model_copy(update={"devices": {profile: figures.model_copy(update=changes)}})
+        limit = found.limit.model_copy(update={"floor": figures.selection.value.value})  # type: ignore[union-attr]
+        missed = {"winners": {}, "closest": {goal.name: nearest}, "controls": {"int8": control}, "limit": limit}
+        return summary.simpler(found.model_copy(update=missed), goal.name)
+
+    assert told().startswith("int8 alone, without a search, holds")
+    assert told(budget_met=False) == told(selection=None) == ""
+    assert summary.simpler(found.model_copy(update={"closest": {}}), goal.name) == ""
