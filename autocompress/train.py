@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autocompress.distill import Distillation, Kind
 from autocompress.lesson import Lesson
-from autocompress.models.trace import examples
+from autocompress.models.trace import examples, still
 from autocompress.ops import TrainOp
 from autocompress.tasks import Task, batch_size, several
 from autocompress.tasks.recipe import Recipe, recipe, steps
@@ -59,12 +59,22 @@ def bf16_pays() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def bf16_runs(module: nn.Module, task: Task) -> bool:
+    """Whether every operation of this network has a kernel for bfloat16; special functions and strangers' may not."""
+    try:
+        with still(module), torch.autocast("cpu", dtype=torch.bfloat16):
+            module(*examples(task.input, 2))
+    except Exception:  # noqa: BLE001  if there is another reason, training in float32 says it
+        return False
+    return True
+
+
 def bf16_faster(module: nn.Module, task: Task) -> bool:
     """Whether a training step of this network is faster in bfloat16 here: the quickest of a few, on a small batch.
 
     A processor that multiplies bfloat16 gains on wide layers; many narrow or depthwise ones lose more in conversion.
     """
-    if not bf16_pays():
+    if not bf16_pays() or not bf16_runs(module, task):
         return False
     inputs, targets = next(iter(task.batches("train", PROBE_BATCH, limit=PROBE_BATCH)))
     double = channels_last(copy.deepcopy(module)).train()
@@ -143,7 +153,7 @@ class Training:
                 judge=getattr(task, "distillation", None),
                 seed=draw(seed, 2),
             )
-        self.bf16 = bf16_pays() if bf16 is None else bf16
+        self.bf16 = bf16_pays() and bf16_runs(self.module, task) if bf16 is None else bf16
         self.steps_per_epoch = steps(task, "train", self.batch)
         self.total = max(1, round(epochs * self.steps_per_epoch))
         self.step = 0

@@ -300,3 +300,17 @@ def test_bf16_is_not_tried_where_the_processor_lacks_it(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert bf16_faster(torch.nn.Identity(), Digits()) is False
+
+
+def test_a_network_without_bf16_kernels_is_trained_in_float32(monkeypatch):
+    class Special(nn.Sequential):
+        def forward(self, images):
+            return torch.special.erfcx(super().forward(images))  # torch 2.13 has it for float32 and float64
+
+    monkeypatch.setattr(train, "bf16_pays", lambda: True)
+    network = Special(nn.Flatten(), nn.Linear(64, 10))
+    assert not bf16_faster(network, Digits())
+    training = train.Training(network, Digits(), 1.0, 0)
+    assert not training.bf16
+    assert training.run_to(2 / training.total)["steps"] == 2
+    assert train.Training(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), Digits(), 1.0, 0).bf16
