@@ -175,7 +175,7 @@ class _Whole:
     @classmethod
     def of(cls, sites: tuple[Site, ...], multiple: int) -> _Whole:
         layers = [site for site in sites if "block" not in site.ops]
-        macs, parameters = (sum(values) for values in zip(*((one.macs, one.parameters) for one in layers), strict=True))
+        macs, parameters = sum(one.macs for one in layers), sum(one.parameters for one in layers)
         return cls(sites, max(macs, 1), max(parameters, 1), multiple)
 
     def share(self, members: Iterable[Site], *, parameters: bool = False) -> float:

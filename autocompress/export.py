@@ -26,7 +26,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import compose as onnx_compose
-from onnx import version_converter
+from onnx import helper, version_converter
 from torch import nn
 from torch.jit._trace import TracerWarning
 
@@ -106,6 +106,7 @@ def export(module: nn.Module, spec: InputSpec, *, opset: int, exporter: Exporter
         for part, mode in modes.items():
             part.training = mode
     settle(model, {one.name: value.numpy() for one, value in zip(spec.every, example, strict=True)})
+    _keep_inputs(model, spec)
     sites = _match(model, calls, dict(module.named_parameters()))
     nodes = _with_containers(rename(model, sites))
     if (written := opset_of(model)) != opset:
@@ -113,6 +114,19 @@ def export(module: nn.Module, spec: InputSpec, *, opset: int, exporter: Exporter
     strip(model)
     part = Part("model", model.SerializeToString(deterministic=True), nodes)
     return Exported(parts=(part,), opset=opset, exporter=exporter)
+
+
+def _keep_inputs(model: onnx.ModelProto, spec: InputSpec) -> None:
+    """All inputs in their order, also one that nothing reads any more: dropped layers must not change how to call."""
+    there = {value.name: value for value in model.graph.input}
+    kinds = {one.name: helper.np_dtype_to_tensor_dtype(np.dtype(one.dtype)) for one in spec.every}
+    replace(
+        model.graph.input,
+        [
+            there.get(one.name) or helper.make_tensor_value_info(one.name, kinds[one.name], ["batch", *one.shape])
+            for one in spec.every
+        ],
+    )
 
 
 def _own_function(error: BaseException) -> str:

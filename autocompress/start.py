@@ -14,12 +14,14 @@ from autocompress.devices.fingerprint import resolve_local
 from autocompress.models import Builder
 from autocompress.models.sources import PICTURE, usual_input
 from autocompress.parts import make_builder, parts
+from autocompress.shelves import suggest
 from autocompress.spacefile import flow
 from autocompress.store import write_atomic
 from autocompress.tasks import InputSpec
 from autocompress.types import Profile, Space, UserError
 
 Shape = tuple[int, ...]
+TYPES = ("float32", "int64", "int32")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def is_own(name: str) -> bool:
 
 def network(name: str, shape: Shape | None, dtype: str | None, classes: int | None) -> tuple[Builder, InputSpec]:
     """A network by name and what it is fed. Raises UserError."""
+    if dtype is not None and dtype not in TYPES:
+        raise UserError(f"--dtype {dtype}: {suggest(dtype, TYPES)}")
     options = options_of(name, shape, classes)
     usual = None if is_own(name) else usual_input(name, options)
     spec = usual or InputSpec(shape=PICTURE)
@@ -148,7 +152,9 @@ def job_text(
     Raises UserError for a network or a task that is not there.
     """
     registry.check("builder", name)
-    _, spec = network(name, shape, None, classes)
+    builder, spec = network(name, shape, None, classes)
+    if not name.startswith("hf:"):  # a folder may not be there yet
+        builder.build({})
     chosen = task or usual_task(name, spec)
     registry.check("task", chosen)
     options = options_of(name, shape, classes)

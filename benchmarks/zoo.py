@@ -105,16 +105,16 @@ TIMM = [
     "edgenext_xx_small",
     "levit_128s",
 ]
-ENCODERS: dict[str, dict[str, int]] = {
+ENCODERS: dict[str, dict[str, Any]] = {
     **{
         name: {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
         for name in ("bert", "roberta", "vit", "deit")
     },
     "distilbert": {"dim": 64, "n_layers": 3, "n_heads": 4, "hidden_dim": 128},
-    "swin": {"embed_dim": 32},
+    "swin": {"embed_dim": 32, "depths": [2, 2, 2, 2], "num_heads": [2, 4, 8, 16]},
 }
 VOCABULARY, LENGTH = 100, 16
-LARGER = {"maxvit_t": 224, "alexnet": 224, "inception_v3": 96, "inception_v4": 96, "vit_h_14": 56}
+LARGER = {"swin": 224, "maxvit_t": 224, "alexnet": 224, "inception_v3": 96, "inception_v4": 96, "vit_h_14": 56}
 QUICK = (
     "torchvision:resnet18",
     "torchvision:mobilenet_v2",

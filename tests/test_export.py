@@ -328,3 +328,21 @@ def test_rounding_that_a_network_magnifies_is_told_from_a_wrong_file():
         module.body.weight[0] += 0.1
     with pytest.raises(TrialFailure, match="differ by"):
         parity(module, model, inputs.numpy())
+
+
+def test_an_input_that_nothing_reads_stays_an_input():
+    class Ignoring(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(4, 2)
+
+        def forward(self, x, mask):
+            return self.body(x)
+
+    mask = InputSpec(name="mask", shape=(4,), dtype="int64")
+    spec, module = InputSpec(name="x", shape=(4,), others=(mask,)), Ignoring()
+    model = export(module, spec, opset=17).parts[0].model
+    assert [one.name for one in onnx.load_model_from_string(model).graph.input] == ["x", "mask"]
+    inputs = (np.ones((3, 4), np.float32), np.ones((3, 4), np.int64))
+    assert parity(module, model, *inputs) < 1e-6
+    assert predictor(model)(inputs).shape == (3, 2)

@@ -13,7 +13,6 @@ from random import Random
 from autocompress import space as sp
 from autocompress.types import Genotype, Space
 
-
 CUTTING = ("block", "replace", "prune", "lowrank", "sparsify")
 """Ops that take something away from the network."""
 TOGETHER = 2  # of them in one of the first candidates: cuts of more at once leave nothing to learn from
@@ -32,9 +31,9 @@ def spread(space: Space, count: int, rng: Random, exceptions: float = 0.08) -> t
     """`count` canonical genotypes from gentle to strongest compression, some of them perhaps equal.
 
     The first is what everybody compares with: integers everywhere and nothing else. Of the others each takes at most
-    TOGETHER of the ops that cut. Four strengths in ten leave their group alone, one in ten is the last choice, the rest lie between: cuts of several
-    groups add up, and what loses too much quality teaches little. The share `exceptions` of sites leaves its group's
-    strength for a choice of its own.
+    TOGETHER of the ops that cut. Four strengths in ten leave their group alone, one in ten is the last choice, the rest
+    lie between: cuts of several groups add up, and what loses too much quality teaches little. The share `exceptions`
+    of sites leaves its group's strength for a choice of its own.
     """
     columns: list[list[float]] = []
     for _ in groups(space):
