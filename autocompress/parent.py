@@ -22,6 +22,7 @@ from autocompress.devices.fingerprint import short
 from autocompress.devices.station import Station
 from autocompress.models.attention import own_names
 from autocompress.models.trace import examples, thop_count
+from autocompress.models.weights import fill
 from autocompress.parts import Parts
 from autocompress.pipeline import Work, export_float, weights_of
 from autocompress.store import write_atomic
@@ -86,7 +87,7 @@ def load_parent(module: nn.Module, path: Path) -> nn.Module:
     ]
     if ill:
         raise UserError(f"{path}: {_first(ill)}; take a checkpoint from before that")
-    module.load_state_dict(tensors)
+    fill(module, tensors)
     return module.eval()
 
 

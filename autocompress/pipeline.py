@@ -24,6 +24,7 @@ from autocompress import export as exporting
 from autocompress.distill import Distillation
 from autocompress.models import Builder
 from autocompress.models.trace import examples, thop_count
+from autocompress.models.weights import fill
 from autocompress.ops import Op, Phase, TrainOp
 from autocompress.pareto import meets, over_every_budget
 from autocompress.tasks import Predict, Task, several
@@ -410,7 +411,7 @@ def weights_of(module: nn.Module) -> bytes:
 
 def load_weights(module: nn.Module, data: bytes) -> nn.Module:
     """Fill a module from safetensors bytes; every name and shape must fit."""
-    module.load_state_dict(load_tensors(data))
+    fill(module, load_tensors(data))
     return module.eval()
 
 

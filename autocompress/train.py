@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autocompress.distill import Distillation, Kind
 from autocompress.lesson import Lesson
 from autocompress.models.trace import examples, still
+from autocompress.models.weights import fill
 from autocompress.ops import TrainOp
 from autocompress.tasks import Task, batch_size, several
 from autocompress.tasks.recipe import Recipe, recipe, steps
@@ -300,7 +301,7 @@ class Training:
         weights = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("module.")}
         adapters = {name[len(LESSON) :]: tensor for name, tensor in tensors.items() if name.startswith(LESSON)}
         try:
-            self.module.load_state_dict(weights)
+            fill(self.module, weights)
             if self.lesson is not None:
                 self.lesson.adapters.load_state_dict(adapters)
         except RuntimeError as error:

@@ -13,6 +13,7 @@ from autocompress import export
 from autocompress.models import Builder
 from autocompress.models.attention import Attention
 from autocompress.models.foreign import Foreign, answer
+from autocompress.models.sources import torchvision
 from autocompress.parent import load_parent, strangers, tied, train_parent
 from autocompress.parts import make_builder, make_space
 from autocompress.pipeline import load_weights, weights_of
@@ -484,3 +485,11 @@ def test_a_batch_of_one_does_not_stop_batch_normalisation():
     reestimate_batchnorm(parent, One(), 2, size=8)
     assert torch.isfinite(parent[1].running_var).all()
     assert builder.sites()
+
+
+def test_layers_that_ask_for_the_version_of_their_weights_are_filled_from_plain_files():
+    network = torchvision("mnasnet0_5", num_classes=3)
+    data = weights_of(network)
+    assert torch.equal(
+        load_weights(torchvision("mnasnet0_5", num_classes=3), data).classifier[1].weight, network.classifier[1].weight
+    )
