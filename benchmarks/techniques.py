@@ -37,7 +37,7 @@ from autocompress.pipeline import Shaped, release, training
 from autocompress.types import Policy, Rule, Site
 
 Rules = Callable[[Sequence[Site]], list[Rule]]
-NO_LIBRARY = "no library does this to a network of this kind on this runtime"
+NO_LIBRARY = "not compared"
 
 
 @dataclass(frozen=True)

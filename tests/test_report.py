@@ -606,3 +606,31 @@ def test_a_control_arm_that_holds_what_no_candidate_holds_is_named(finished: tup
     assert told().startswith("int8 alone, without a search, holds")
     assert told(budget_met=False) == told(selection=None) == ""
     assert summary.simpler(found.model_copy(update={"closest": {}}), goal.name) == ""
+
+
+def test_a_page_whose_winners_went_through_different_stages(tmp_path: Path):
+    run = search(tmp_path)
+    written = finish(run)
+    quality = next(iter(run.trials[0].outcome.quality.values()))
+    paths = (("inherited", "prune", "batch norm", "trained", "shipped"), ("inherited", "trained", "shipped"))
+    winners = {**written.winners, **written.closest}
+    staged = {
+        goal: winner.model_copy(
+            update={
+                "number": index + 1,
+                "stages": tuple(Stage(name=name, quality=quality) for name in paths[index % 2]),
+                "fused": {"Relu": -3, "nodes": -3},
+            }
+        )
+        for index, (goal, winner) in enumerate(winners.items())
+    }
+    changed = written.model_copy(
+        update={
+            "winners": {goal: staged[goal] for goal in written.winners},
+            "closest": {goal: staged[goal] for goal in written.closest},
+        }
+    )
+    (tmp_path / "summary.json").write_text(changed.model_dump_json())
+    page = report.render(tmp_path)
+    assert "Where quality went on the way" in page
+    assert "3 nodes fewer" in page
