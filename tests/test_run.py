@@ -244,7 +244,7 @@ def test_a_weights_file_that_runs_code_is_refused_unexecuted(folder: Path, tmp_p
     torch.save({"x": Trap()}, tmp_path / "trap.pt")
     asked = job(tmp_path / "out")
     asked = asked.model_copy(update={"model": ModelSource(builder="convnet", weights=str(tmp_path / "trap.pt"))})
-    with pytest.raises(UserError, match="more than tensors"):
+    with pytest.raises(UserError, match="beside tensors"):
         run(asked, builder=builder(), space=space(folder), serial=True, console=QUIET)
     assert not mark.exists()
 
