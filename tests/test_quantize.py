@@ -71,7 +71,7 @@ def inputs(count: int = 360) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def trained() -> Exported:
-    return network(epochs=4)
+    return network(epochs=8)
 
 
 def test_keeps_the_contract():
