@@ -17,7 +17,6 @@ from autocompress.types import Choice, Gene, Site, Space
 
 if TYPE_CHECKING:
     from autocompress.models import Builder
-    from autocompress.tasks import Task
 
 NAME = "auto"
 MOST = 150  # genes; beyond it sites are tied
@@ -36,9 +35,9 @@ Places = dict[str, tuple[Site, ...]]
 """Path -> the sites that one gene there stands for."""
 
 
-def file(builder: Builder, task: Task | None = None, *, multiple: int = 1) -> SpaceFile:
+def file(builder: Builder, *, multiple: int = 1) -> SpaceFile:
     """The derived space as its YAML file writes it."""
-    return written(space(builder, task, multiple=multiple), builder)
+    return written(space(builder, multiple=multiple), builder)
 
 
 def written(derived: Space, builder: Builder) -> SpaceFile:
@@ -46,7 +45,7 @@ def written(derived: Space, builder: Builder) -> SpaceFile:
     return spacefile.of(derived, builder.name, ABOUT, sites=builder.sites())
 
 
-def space(builder: Builder, task: Task | None = None, *, multiple: int = 1) -> Space:  # noqa: ARG001  it has no say yet
+def space(builder: Builder, *, multiple: int = 1) -> Space:
     """The genes that make sense for this network; `multiple` is the targets' largest channel multiple.
 
     Architecture first, then blocks, then each op's sites from input to output, then the training's recipe.

@@ -104,6 +104,7 @@ class Finals:
     exporter: str
     test: dict[str, Quality] = field(default_factory=dict)  # by sha256 of the file: each meets the test split once
     made: dict[int, tuple[Stage, ...]] = field(default_factory=dict)  # by trial number
+    optimized: dict[tuple[str, str], tuple[bytes, dict[str, int]]] = field(default_factory=dict)
     sessions: Sessions = field(init=False)
 
     def __post_init__(self) -> None:
@@ -181,9 +182,24 @@ class Finals:
             parameters=trial.outcome.parameters,
             path=str(path),
             stages=self.stages(trial, files),
-            fused=fused(files.models[self.variant(names[0])]),
+            fused=self.optimizer(goal, files)[1],
             tried=tuple(tried.number for tried, _ in chosen.tried),
         )
+
+    def optimizer(self, goal: Goal, files: Kept) -> tuple[bytes, dict[str, int]]:
+        """The file of a goal's first device as onnxruntime runs it here, and what was fused; none for remote devices.
+
+        Such a file is for this version, provider and processor only.
+        """
+        profile = next(p for p in self.parts.profiles if p.name == goal.budgets[0].profile)
+        if profile.device != "local":
+            return b"", {}
+        variant = profile.numeric.variant
+        key = (files.shas[variant], profile.name)
+        if key not in self.optimized:
+            made = optimized(files.models[variant], profile)
+            self.optimized[key] = made, fused(files.models[variant], made)
+        return self.optimized[key]
 
     def stages(self, trial: Trial, files: Kept) -> tuple[Stage, ...]:
         """Where quality was lost and regained on the way to a winner; made once for all goals that it wins."""
@@ -209,8 +225,8 @@ class Finals:
         serves = {budget.profile: self.variant(budget.profile) for budget in goal.budgets}
         first, *others = dict.fromkeys(serves.values())
         names = {first: artifact.MODEL, **{variant: f"model-{variant}.onnx" for variant in others}}
-        profile = next(p for p in parts.profiles if p.numeric.variant == first)
-        beside = {artifact.OPTIMIZED: optimized(files.models[first], profile)}
+        made, changes = self.optimizer(goal, files)
+        beside = {artifact.OPTIMIZED: made} if made else {}
         if codecs := codecs_of(files.numeric[first]):
             beside[artifact.STORED] = storage(files.models[first], codecs)
         artifact.write(
@@ -257,7 +273,7 @@ class Finals:
                 versions=artifact.versions(),
                 exporter=self.exporter,
                 opset=self.work.opset,
-                fused=fused(files.models[first], profile),
+                fused=changes,
                 job=parts.job.model_dump(mode="json"),
             ),
         )

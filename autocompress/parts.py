@@ -54,7 +54,7 @@ def parts(
     if job.quality.metric != data.metric:
         raise UserError(f"quality.metric: task {data.name!r} measures {data.metric!r}, not {job.quality.metric!r}")
     profiles, budgets = load.targets(job.devices)
-    genes = space or make_space(job.space, network, data, profiles)
+    genes = space or make_space(job.space, network, profiles)
     resolved = tuple(resolve_local(profile) for profile in profiles)
     for profile in resolved:
         if not callable(registry.resolve("device", profile.device)):
@@ -120,13 +120,13 @@ def _check_options(key: str, what: str, function: Any, options: Mapping[str, Any
         raise UserError(f"{key}: {what} has no option {strange[0]!r}; {suggest(strange[0], known)}")
 
 
-def make_space(name: str, network: Builder, data: Task, profiles: Sequence[Profile]) -> Space:
+def make_space(name: str, network: Builder, profiles: Sequence[Profile]) -> Space:
     """The space of a job: derived from the network, from the shelf or from a file."""
     if name != auto.NAME:
         return load.space(name, network)
     if not network.sites():
         raise UserError(f"space: auto: model {network.name} has no layer or block that an op could act on")
-    return auto.space(network, data, multiple=max(profile.channel_multiple for profile in profiles))
+    return auto.space(network, multiple=max(profile.channel_multiple for profile in profiles))
 
 
 def make_ops(names: tuple[str, ...]) -> Mapping[str, Op]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ from autocompress.pipeline import (
     weights_of,
 )
 from autocompress.tasks import Task, several
+from autocompress.train import bf16_faster
 from autocompress.types import (
     Candidate,
     Job,
@@ -222,7 +223,7 @@ def _renew(
     policy, manifest = read.policy, read.manifest
     asked = _asked(read, max_drop)
     parent = load_parent(made.builder.build({}), weights)
-    work = _work(read, made, parent)
+    work = replace(_work(read, made, parent), bf16=bf16_faster(parent, made.task))
     candidate = Candidate(arch=policy.arch, policy=policy.policy)
     seed = trial_seed(manifest.seed, manifest.number)
     torch.manual_seed(seed)

@@ -1,6 +1,6 @@
 """Where the seconds of a trial go, and what tracing and deciding cost on large networks.
 
-    python benchmarks/evaluate.py [--model torchvision:resnet50] [--size 224] [--epochs 0.02] [--json FILE]
+    python benchmarks/evaluate.py [--model torchvision:resnet50] [--size 224] [--epochs 2] [--json FILE]
 
 One process, one thread, random images. `trace_space_s`: finding sites and blocks and deriving `space: auto`, for
 ResNet-50 and ViT-B. `decide_s`: deciding and enacting a whole policy (pruning 30 %, low rank 50 %) on `--model`, first
@@ -28,7 +28,6 @@ from torch import nn
 from zoo import PROFILE, Noise
 
 from autocompress import auto, export, parts
-from autocompress.ops.quantize import Quantize  # noqa: F401  imported before the clock starts
 from autocompress.pipeline import Work, release, shape, training
 from autocompress.tasks import InputSpec
 from autocompress.types import Candidate, Policy, Rule
@@ -56,11 +55,11 @@ def derive(name: str, size: int, clock: Clock) -> int:
     builder = parts.make_builder(f"torchvision:{name}", spec, {})
     with clock(f"trace_space_s {name}"):
         builder.sites()
-        return len(auto.space(builder, Noise(spec)).genes)
+        return len(auto.space(builder).genes)
 
 
 def policy(builder: Any) -> Policy:
-    """Prune, factorise and quantize every second site that can be."""
+    """Prune, factorise and quantize every site that can be."""
     rules: list[Rule] = []
     for site in builder.sites():
         if "prune" in site.ops:

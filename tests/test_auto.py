@@ -2,7 +2,6 @@
 
 from collections import Counter
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +15,6 @@ from autocompress.models.foreign import Foreign
 from autocompress.space import canonical, cardinality, decode
 from autocompress.tasks import InputSpec
 from autocompress.types import Gene, Site, Space, UserError
-
-TASK = SimpleNamespace(name="none")
 
 
 class Given:
@@ -67,7 +64,7 @@ def reread(space, builder, tmp_path):
 
 
 def test_every_site_is_asked_what_its_ops_can_do():
-    found = genes(auto.space(Given(layers(2)), TASK))
+    found = genes(auto.space(Given(layers(2))))
     assert found["prune.ratio@body.0"].choices == (0.0, 0.25, 0.5, 0.75)
     assert found["lowrank.rank@body.1"].choices == (1.0, 0.5, 0.25)
     assert found["quantize.bits@body.0"].choices == ("float", "int8")
@@ -97,13 +94,13 @@ def test_a_rank_that_costs_more_than_the_layer_is_not_asked():
     square = Site(name="fc", kind="linear", ops=("lowrank",), macs=100, in_channels=64, out_channels=64)
     assert not auto.pays(square, 0.5, 1)  # 32 * 128 = 64 * 64
     assert auto.pays(square, 0.25, 1)
-    assert genes(auto.space(Given([square]), TASK))["lowrank.rank@fc"].choices == (1.0, 0.25)
+    assert genes(auto.space(Given([square])))["lowrank.rank@fc"].choices == (1.0, 0.25)
 
 
 def test_small_layers_are_not_replaced_or_split():
     ops = ("replace", "lowrank", "quantize")
     sites = [*layers(1, prefix="big", macs=10_000, ops=ops), *layers(1, prefix="small", macs=1, ops=ops)]
-    found = genes(auto.space(Given(sites), TASK))
+    found = genes(auto.space(Given(sites)))
     assert "replace.kind@big.0" in found
     assert "lowrank.rank@big.0" in found
     assert "quantize.bits@small.0" in found
@@ -112,14 +109,14 @@ def test_small_layers_are_not_replaced_or_split():
 
 def test_a_site_may_allow_fewer_choices():
     site = layers(1, ops=("replace", "prune"), choices={"replace": ("keep", "smaller"), "prune": (0.0, 0.5)})[0]
-    found = genes(auto.space(Given([site]), TASK))
+    found = genes(auto.space(Given([site])))
     assert found["replace.kind@body.0"].choices == ("keep", "smaller")
     assert found["prune.ratio@body.0"].choices == (0.0, 0.5)
 
 
 def test_a_dropped_blocks_inner_genes_do_not_apply():
     block = Site(name="body", kind="block", ops=("block",), choices={"block": ("keep", "drop", "merge")})
-    space = auto.space(Given([block, *layers(2, ops=("replace", "lowrank", "quantize"))]), TASK)
+    space = auto.space(Given([block, *layers(2, ops=("replace", "lowrank", "quantize"))]))
     found = genes(space)
     assert found["block.kind@body"].choices == ("keep", "merge", "drop")
     assert found["quantize.bits@body.0"].when == {"block.kind@body": ("keep", "merge")}
@@ -131,12 +128,12 @@ def test_a_dropped_blocks_inner_genes_do_not_apply():
 def test_an_inner_block_exists_only_in_a_kept_outer_one():
     outer = Site(name="layer", kind="block", ops=("block",), depth=0.2)
     inner = Site(name="layer.attention", kind="block", ops=("block",), depth=0.1)
-    found = genes(auto.space(Given([inner, outer, *layers(1)]), TASK))
+    found = genes(auto.space(Given([inner, outer, *layers(1)])))
     assert found["block.kind@layer.attention"].when == {"block.kind@layer": ("keep",)}
 
 
 def test_knobs_come_from_the_builder_or_from_smaller_numbers_it_builds():
-    told = auto.space(Given(layers(1), {"width": 8}, {"width": (8, 6), "fixed": (1,)}), TASK)
+    told = auto.space(Given(layers(1), {"width": 8}, {"width": (8, 6), "fixed": (1,)}))
     assert [gene.name for gene in told.genes if gene.kind == "arch"] == ["width"]
     tried = auto.arch_choices(Given(layers(1), {"steps": 8, "name": "x", "on": True}))
     assert tried == {"steps": (8, 6, 4, 2)}
@@ -144,7 +141,7 @@ def test_knobs_come_from_the_builder_or_from_smaller_numbers_it_builds():
 
 def test_a_site_of_a_shallow_stage_has_the_knobs_conditions():
     site = layers(1)[0].model_copy(update={"when": {"depth": (2, 3)}})
-    found = genes(auto.space(Given([site], {"depth": 3}, {"depth": (3, 2, 1)}), TASK))
+    found = genes(auto.space(Given([site], {"depth": 3}, {"depth": (3, 2, 1)})))
     assert found["quantize.bits@body.0"].when == {"depth": (3, 2)}
 
 
@@ -160,7 +157,7 @@ def deep(blocks, each=6):
 
 
 def test_a_large_networks_sites_are_tied_below_the_limit():
-    space = auto.space(Given(deep(24)), TASK)
+    space = auto.space(Given(deep(24)))
     assert len(space.genes) <= auto.MOST
     sites = {gene.site for gene in space.genes if gene.op == "quantize"}
     assert "stages.0.0" in sites
@@ -215,15 +212,15 @@ def builder(request):
 
 
 def test_a_derived_space_reads_back_as_it_was_written(builder, tmp_path):
-    space = auto.space(builder, TASK)
+    space = auto.space(builder)
     assert reread(space, builder, tmp_path).genes == space.genes
-    assert auto.file(builder, TASK) == auto.written(space, builder)
+    assert auto.file(builder) == auto.written(space, builder)
     assert cardinality(space) > 1
 
 
 def test_equal_networks_give_equal_spaces():
-    assert auto.space(ConvNet(), TASK) == auto.space(ConvNet(), TASK)
-    one, other = (auto.space(Foreign.of(Residual(), InputSpec(shape=(3, 32, 32))), TASK) for _ in range(2))
+    assert auto.space(ConvNet()) == auto.space(ConvNet())
+    one, other = (auto.space(Foreign.of(Residual(), InputSpec(shape=(3, 32, 32)))) for _ in range(2))
     assert one == other
     assert Counter(gene.op for gene in one.genes)["quantize"] == 4
 
@@ -275,7 +272,7 @@ def test_a_module_path_is_one_gene_for_all_sites_under_it(tmp_path):
 
 def test_reducing_takes_choices_and_what_hangs_on_them():
     block = Site(name="body", kind="block", ops=("block",), choices={"block": ("keep", "drop")})
-    space = auto.space(Given([block, *layers(2)]), TASK)
+    space = auto.space(Given([block, *layers(2)]))
     less = auto.reduce(space, {("block.kind@body", "drop"), ("prune.ratio@body.0", 0.5), ("lowrank.rank@body.0", 0.5)})
     found = genes(less)
     assert "block.kind@body" not in found
@@ -293,7 +290,7 @@ def test_a_gene_whose_condition_went_is_gone_too():
 
 def test_a_reduced_space_reads_back(tmp_path):
     builder = ConvNet()
-    space = auto.space(builder, TASK)
+    space = auto.space(builder)
     gone = [(gene.name, gene.choices[-1]) for gene in space.genes if gene.op]
     less = auto.reduce(space, gone)
     assert 0 < len(less.genes) < len(space.genes)

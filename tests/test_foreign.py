@@ -459,7 +459,7 @@ def test_a_batch_size_written_into_the_file_is_one_line():
 
 def test_nothing_to_act_on_is_said():
     with pytest.raises(UserError, match=r"^space: auto: model mine has no layer or block that an op could act on$"):
-        make_space("auto", Foreign("mine", nn.Flatten, FLAT), One(), ())
+        make_space("auto", Foreign("mine", nn.Flatten, FLAT), ())
 
 
 class One:

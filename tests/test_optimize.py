@@ -20,7 +20,7 @@ def model() -> bytes:
 
 
 def test_the_report_counts_what_was_fused():
-    found = fused(model())
+    found = fused(model(), optimized(model(), Profile(name="here")))
     assert found["Relu"] == -2
     assert found["nodes"] < 0
     assert sum(count for name, count in found.items() if name != "nodes") == found["nodes"]

@@ -70,7 +70,7 @@ def work():
 
 @pytest.fixture(scope="module")
 def space(work):
-    full = auto.space(work.builder, work.task)
+    full = auto.space(work.builder)
     return full.model_copy(update={"genes": tuple(g for g in full.genes if not g.op or g.op in work.ops)})
 
 
@@ -309,7 +309,7 @@ def test_a_search_of_a_derived_space_writes_what_it_searched_and_resumes(tmp_pat
     run(job, builder=builder, serial=True, console=Console(quiet=True))
     header = Header.model_validate(read(out / "journal.jsonl").events[0])
     assert header.facts.probe
-    assert header.space == reduced(auto.space(builder, Digits()), header.facts.probe)
+    assert header.space == reduced(auto.space(builder), header.facts.probe)
     assert load.space(out / "space.yaml", builder) == header.space
 
     class StoppedError(Exception):

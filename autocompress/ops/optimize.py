@@ -34,10 +34,12 @@ def optimized(model: bytes, profile: Profile) -> bytes:
         return target.read_bytes()
 
 
-def fused(model: bytes, profile: Profile | None = None) -> dict[str, int]:
-    """Nodes by operation that the optimizer made, positive, and that went, negative; "nodes" has the change of all."""
-    before = _operations(read(model))
-    after = _operations(read(optimized(model, profile or Profile(name="local"))))
+def fused(model: bytes, made: bytes) -> dict[str, int]:
+    """Nodes by operation that the optimizer made of a file, positive, and that went, negative; "nodes" is their sum.
+
+    `made` is what `optimized` gave for it.
+    """
+    before, after = _operations(read(model)), _operations(read(made))
     changes = {name: after[name] - before[name] for name in sorted({*before, *after})}
     total = sum(changes.values())
     return {name: change for name, change in changes.items() if change} | ({"nodes": total} if total else {})
