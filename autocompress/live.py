@@ -23,8 +23,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from autocompress import pareto, space
-from autocompress.summary import DASH, TIMES, Summary, Winner, describe, lost, parent_arch, simpler, times
+from autocompress.summary import Summary, Winner, parent_arch, simpler
 from autocompress.types import Budget, Facts, Goal, Limit, SearchPlan, Space, State, Trial
+from autocompress.wording import DASH, TIMES, describe, lost, times
 
 STYLE = {
     State.RUNNING: "cyan",

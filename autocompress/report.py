@@ -19,7 +19,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import ValidationError
 
-from autocompress import artifact, charts, journal, pareto, space, summary
+from autocompress import artifact, charts, journal, pareto, picture, space, summary, wording
 from autocompress.controller import COST, Header
 from autocompress.live import clock
 from autocompress.summary import Summary, Winner
@@ -155,7 +155,7 @@ def render(out: Path) -> str:
     found = written if written is not None and not stale else provisional(run)
     winners = [*found.winners.values(), *found.closest.values()]
     base = summary.parent_arch(run.space)
-    words = {trial.number: summary.describe(space.decode(run.space, trial.genotype), base) for trial in searched}
+    words = {trial.number: wording.describe(space.decode(run.space, trial.genotype), base) for trial in searched}
     baseline = run.facts.baseline_quality.value.value if run.facts.baseline_quality else None
     environment = Environment(
         loader=PackageLoader("autocompress", "templates"),
@@ -165,8 +165,8 @@ def render(out: Path) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "times": summary.times,
-        "lost": summary.lost,
+        "times": wording.times,
+        "lost": wording.lost,
         "clock": clock,
         "big": _big,
         "change": _change,
@@ -215,9 +215,9 @@ def _panels(run: Run, found: Summary, winners: Sequence[Winner], words: Mapping[
     ]
 
 
-def _networks(out: Path, winners: Sequence[Winner]) -> list[tuple[str, charts.Network]]:
+def _networks(out: Path, winners: Sequence[Winner]) -> list[tuple[str, picture.Network]]:
     """One picture per distinct winner whose artifact lies in OUT."""
-    pictures: dict[int, tuple[list[str], charts.Network]] = {}
+    pictures: dict[int, tuple[list[str], picture.Network]] = {}
     for winner in winners:
         folder = out / winner.path
         if not winner.path or not (folder / artifact.POLICY).is_file():
@@ -226,7 +226,7 @@ def _networks(out: Path, winners: Sequence[Winner]) -> list[tuple[str, charts.Ne
             pictures[winner.number][0].append(winner.goal)
             continue
         policy = artifact.look((folder / artifact.POLICY).read_bytes(), str(folder / artifact.POLICY))
-        pictures[winner.number] = ([winner.goal], charts.network(policy, shapes_of(folder / artifact.WEIGHTS)))
+        pictures[winner.number] = ([winner.goal], picture.network(policy, shapes_of(folder / artifact.WEIGHTS)))
     return [(f"#{number}, {' and '.join(goals)}", picture) for number, (goals, picture) in pictures.items()]
 
 
@@ -286,7 +286,7 @@ def _big(value: float) -> str:
 
 def _change(value: float, form: str = "%+d") -> str:
     """`+3`, `-0.0133` with a minus sign that is as wide as the plus."""
-    return (form % value).replace("-", summary.MINUS)
+    return (form % value).replace("-", wording.MINUS)
 
 
 def _plain(value: Any) -> Any:

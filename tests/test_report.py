@@ -22,6 +22,7 @@ from autocompress import space as sp
 from autocompress.certify import certify, choose
 from autocompress.controller import Controller, Header, run_serial
 from autocompress.journal import Journal
+from autocompress.picture import network
 from autocompress.searchers.evolution import Evolution
 from autocompress.summary import Arm, Finding, Summary
 from autocompress.tasks import InputSpec
@@ -45,6 +46,7 @@ from autocompress.types import (
     Trial,
     UserError,
 )
+from autocompress.wording import describe
 
 
 @dataclass
@@ -290,9 +292,9 @@ def test_a_candidate_in_a_few_words():
     rules += [Rule(site=f"s{i}", op="quantize", settings={"bits": "int8"}) for i in range(4)]
     rules += [Rule(site=".", op="distill", settings={"weight": 0.9, "temperature": 2.0})]
     candidate = Candidate(arch={"depth": 2, "width": 1.0}, policy=Policy(rules=tuple(rules)))
-    words = summary.describe(candidate, {"depth": 3, "width": 1.0})
+    words = describe(candidate, {"depth": 3, "width": 1.0})
     assert words == "depth 2 \u00b7 prune \u00d73 (0.25\u20130.5) \u00b7 int8 \u00d74 \u00b7 distill 0.9"
-    assert summary.describe(Candidate(arch={"depth": 3}, policy=Policy()), {"depth": 3}) == "unchanged"
+    assert describe(Candidate(arch={"depth": 3}, policy=Policy()), {"depth": 3}) == "unchanged"
 
 
 def test_what_an_op_does_is_named_by_its_kind_and_rules_that_ask_nothing_are_not():
@@ -317,7 +319,7 @@ def test_what_an_op_does_is_named_by_its_kind_and_rules_that_ask_nothing_are_not
         (".", "mine", {"share": 0.2}),
     ]
     rules = tuple(Rule(site=site, op=op, settings=settings) for site, op, settings in asked)
-    words = summary.describe(Candidate(arch={}, policy=Policy(rules=rules)))
+    words = describe(Candidate(arch={}, policy=Policy(rules=rules)))
     assert words.split(" \u00b7 ") == [
         "drop block \u00d72", "merge block", "replace separable", "prune 0.5", "lowrank tucker 0.25",
         "sparsify 2:4 0.5", "sparsify 0.7", "qat int8", "int8-dynamic", "equalized", "store codebook",
@@ -500,7 +502,7 @@ def test_the_network_is_read_from_the_shipped_weights():
         "stages.0.0.conv.1.bias": (8,),
         "head.weight": (10, 16),
     }
-    picture = charts.network(policy, shapes)
+    picture = network(policy, shapes)
     stem, pruned, dropped, head = picture.layers
     assert (stem.bits, stem.kept) == ("int8", stem.full)
     assert pruned.kept == pytest.approx(pruned.full / 2, abs=0.2)
@@ -510,7 +512,7 @@ def test_the_network_is_read_from_the_shipped_weights():
     assert not head.dropped
     assert (picture.dropped, picture.int8, picture.factored, picture.pruned) == (1, 1, 1, 1)
     assert [stage.label for stage in picture.stages] == ["stem", "stages.0", "head"]
-    guessed = charts.network(policy, {})
+    guessed = network(policy, {})
     assert [layer.dropped for layer in guessed.layers] == [False] * 4
     assert guessed.layers[1].kept == pytest.approx(guessed.layers[1].full / 2, abs=0.2)
 
@@ -539,7 +541,7 @@ def test_layers_that_were_touched_are_told_apart():
     )
     gone = ("l.0.a", "l.0.b", "l.1.a")
     shapes = {f"{name}.weight": (8, 8, 3, 3) for name in names if name not in gone}
-    picture = charts.network(policy, shapes)
+    picture = network(policy, shapes)
     found = dict(zip(names, picture.layers, strict=True))
     assert [name for name, layer in found.items() if layer.dropped] == list(gone)
     assert {name for name, layer in found.items() if layer.fill == "none"} == {"conv1", "fc"}
@@ -561,7 +563,7 @@ def test_stages_of_a_deep_network_are_its_blocks():
         "head",
     ]
     sites = tuple(Site(name=name, kind="linear", in_channels=8, out_channels=8) for name in names)
-    picture = charts.network(artifact.PolicyFile(builder="b", sites=sites), {})
+    picture = network(artifact.PolicyFile(builder="b", sites=sites), {})
     assert [stage.label for stage in picture.stages] == ["proj", *(f"layer_{i}" for i in range(8)), "head"]
     assert all(layer.fill == "none" for layer in picture.layers)
 
