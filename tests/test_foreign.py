@@ -1,5 +1,6 @@
 import copy
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from autocompress.models import Builder
 from autocompress.models.attention import Attention
 from autocompress.models.foreign import Foreign, answer
 from autocompress.models.sources import torchvision
+from autocompress.models.trace import count, examples
 from autocompress.parent import load_parent, strangers, tied, train_parent
 from autocompress.parts import make_builder, make_space
 from autocompress.pipeline import load_weights, weights_of
@@ -469,8 +471,8 @@ class One:
 
     def batches(self, split, size, *, limit=None, seed=None):
         generator = torch.Generator().manual_seed(seed or 0)
-        for count in (8, 1):
-            yield torch.randn(count, 3, 8, 8, generator=generator), torch.zeros(count, dtype=torch.int64)
+        for number in (8, 1):
+            yield torch.randn(number, 3, 8, 8, generator=generator), torch.zeros(number, dtype=torch.int64)
 
     def loss(self, outputs, targets):
         return functional.cross_entropy(outputs, targets)
@@ -493,3 +495,60 @@ def test_layers_that_ask_for_the_version_of_their_weights_are_filled_from_plain_
     assert torch.equal(
         load_weights(torchvision("mnasnet0_5", num_classes=3), data).classifier[1].weight, network.classifier[1].weight
     )
+
+
+class Kinds(nn.Module):
+    """Convolutions of several kinds, one of them called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.first, self.up, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.ConvTranspose2d(8, 6, 4, 2, 1), nn.Linear(6, 5)
+
+    def forward(self, images):
+        return self.head(self.up(self.twice(self.twice(self.first(images)))).mean((2, 3)))
+
+
+def test_sites_count_as_torch_counts():
+    module = Kinds()
+    found = {site.name: site.macs for site in Foreign.of(module, IMAGE).sites()}
+    assert list(found) == ["first", "twice", "up", "head"]
+    assert sum(found.values()) == count(module, examples(IMAGE))[0]
+
+
+def test_finding_sites_does_not_wait_for_torchs_compiler():
+    code = """
+import sys
+from torch import nn
+from autocompress import auto
+from autocompress.models.foreign import Foreign
+from autocompress.tasks import InputSpec
+made = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 30 * 30, 5))
+assert auto.space(Foreign.of(made, InputSpec(shape=(3, 32, 32)))).genes
+assert "torch._dynamo" not in sys.modules  # 1.5 s
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Asking(nn.Module):
+    """Takes one way or the other by what its convolution answers; zeros make it stop."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, images):
+        found = self.conv(images).mean((2, 3))
+        if not found.any():
+            raise RuntimeError("nothing is there")
+        return self.head(found)
+
+
+def test_a_network_that_needs_true_values_has_its_sites():
+    assert [site.name for site in Foreign.of(Asking(), IMAGE).sites()] == ["conv", "head"]
+
+
+def test_a_layer_that_does_not_fit_its_input_is_said():
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(100, 5))
+    with pytest.raises(UserError, match=r"does not run on the task's input \(3, 32, 32\): RuntimeError: mat1 and mat2"):
+        Foreign.of(module, IMAGE).sites()

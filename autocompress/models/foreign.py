@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autocompress.models.attention import unfold
+from autocompress.models.calls import idle
+from autocompress.models.plain import copied, plain, unwrapped
 from autocompress.models.residual import blocks
 from autocompress.models.trace import examples, sites, still
 from autocompress.tasks import InputSpec, several
@@ -33,8 +35,9 @@ class Foreign:
     @classmethod
     def of(cls, module: nn.Module, spec: InputSpec) -> Foreign:
         """The builder of a network that exists already; `build` gives copies with its weights."""
-        kind = type(module)
-        return cls(f"{kind.__module__}:{kind.__qualname__}", Copy(module), spec)
+        kind = type(unwrapped(module))
+        name = f"{kind.__module__}:{kind.__qualname__}"
+        return cls(name, Copy(plain(copied(module), spec, name)), spec)
 
     @property
     def knobs(self) -> Mapping[str, Choice]:
@@ -59,7 +62,7 @@ class Foreign:
         """Shapes of the outputs for a square image, none if the network does not take it."""
         one = self.spec.model_copy(update={"shape": (self.spec.shape[0], side, side)})
         try:
-            with still(self._parent):
+            with still(self._parent), idle(self._parent):
                 return [tuple(output.shape) for output in several(self._parent(*examples(one)))]
         except Exception:  # noqa: BLE001  whatever it raises: it does not take other sizes
             return []
@@ -77,7 +80,7 @@ class Foreign:
             raise UserError(f"model {self.name}: cannot be made: {type(error).__name__}: {_line(error)}") from error
         if not isinstance(module, nn.Module):
             raise UserError(f"model {self.name}: gives a {type(module).__name__}, not an nn.Module")
-        module = unfold(module)
+        module = unfold(plain(module, self.spec, self.name))
         module.register_forward_hook(answer)
         side = self.spec.shape[-1] if self.spec.shape else 0
         size = arch.get("resolution", side)
@@ -103,12 +106,23 @@ class Foreign:
     @cached_property
     def _sites(self) -> tuple[Site, ...]:
         parent = self._parent
-        self._runs(
-            parent, 1, f"does not run on the task's input {', '.join(str(one.shape) for one in self.spec.every)}"
-        )
-        self._runs(parent, 2, "runs on one sample but not on a batch of two; let it take any number")
-        found = [*blocks(parent, examples(self.spec)), *sites(parent, examples(self.spec))]
+        try:
+            with still(parent), idle(parent):
+                parent(*examples(self.spec, 2))
+        except Exception:  # noqa: BLE001  whatever it is, true values show it too or do without it
+            self._explain(parent)
+        try:
+            found = [*blocks(parent, examples(self.spec)), *sites(parent, examples(self.spec))]
+        except Exception:
+            self._explain(parent)
+            raise
         return tuple(sorted(found, key=lambda site: site.depth))
+
+    def _explain(self, parent: nn.Module) -> None:
+        """Say in words what is wrong with running it, if it is that."""
+        shapes = ", ".join(str(one.shape) for one in self.spec.every)
+        self._runs(parent, 1, f"does not run on the task's input {shapes}")
+        self._runs(parent, 2, "runs on one sample but not on a batch of two; let it take any number")
 
     def _runs(self, parent: nn.Module, size: int, trouble: str) -> None:
         try:

@@ -141,6 +141,11 @@ class Labels(TorchDispatchMode):
             for hook in hooks:
                 hook.remove()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing compiles this mode; torch need not import its compiler (1.5 s) to leave it alone."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = Call(func, args, kwargs or {})
         concerned = [tensor for tensor in call.tensors() if self.layout(tensor) is not None]

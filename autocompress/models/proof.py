@@ -38,7 +38,7 @@ Kept = Mapping[Group, Sequence[int]]
 def faults(module: nn.Module, coupling: Coupling, kept: Kept, inputs: tuple[Tensor, ...]) -> dict[Group, str]:
     """The groups that cannot be cut down to the units `kept`, and why; the others can, all at once.
 
-    `inputs` are two samples or more, whatever the network takes.
+    `inputs` are two samples or more where there is batch norm, whatever the network takes.
     """
     trial = _Trial(module, coupling, kept, inputs)
     if not kept or not trial.differs(list(kept)):
@@ -88,10 +88,11 @@ def prunable(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Prunabl
     except Exception as error:  # noqa: BLE001  a stranger's network may raise anything
         return Prunable(roots=(), refused={".": f"it cannot be followed: {type(error).__name__}: {error}"})
     generator = torch.Generator().manual_seed(0)
+    size = 2 if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()) else 1
     noise = tuple(
-        torch.randn((2, *one.shape[1:]), generator=generator).to(one.dtype)
+        torch.randn((size, *one.shape[1:]), generator=generator).to(one.dtype)
         if one.is_floating_point()
-        else one[:1].repeat(2, *[1] * (one.dim() - 1))
+        else one[:1].repeat(size, *[1] * (one.dim() - 1))
         for one in inputs
     )
     kept = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autocompress.models.calls import Call, answer_shape, plain_leaves, pretending, watch
+from autocompress.models.calls import Call, idle, watch
 from autocompress.models.merging import Chain, chain
 from autocompress.models.trace import is_leaf, still
 from autocompress.types import Site
@@ -80,7 +79,7 @@ def gives_back(block: nn.Module, call: Call) -> bool:
                 value = 1.0 if norm and name == "weight" else 0.0
                 state[f"{prefix}.{name}" if prefix else name] = tensor.new_full((), value).expand(tensor.shape)
     try:
-        with pretending({leaf: partial(_zeros, leaf) for leaf in plain_leaves(block.modules())}):
+        with idle(block):
             answer = call.again(lambda *args, **named: functional_call(block, state, args, named))
     except Exception:  # noqa: BLE001  a stranger's module may refuse such weights in any way: then it is no block
         return False
@@ -131,7 +130,3 @@ def _batch_statistics(module: nn.Module) -> Iterator[None]:
         finally:
             for norm, tracked in norms:
                 norm.track_running_stats = tracked
-
-
-def _zeros(layer: nn.Module, x: Tensor) -> Tensor:
-    return x.new_zeros(answer_shape(layer, x))

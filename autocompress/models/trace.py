@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import thop
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from autocompress.models.calls import idle
 from autocompress.models.compact import forms
 from autocompress.models.groups import is_depthwise, makes_channels
 from autocompress.models.proof import prunable
@@ -67,21 +69,35 @@ def leaves(module: nn.Module, site: str) -> tuple[str, ...]:
     )
 
 
-def _order(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> list[str]:
-    """Layers that make channels, in the order the forward pass reaches them, each once."""
-    reached: dict[str, None] = {}
-    hooks = [
-        part.register_forward_hook(lambda *_, name=name: reached.setdefault(name))
-        for name, part in module.named_modules()
-        if makes_channels(part)
-    ]
+def _order(module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]:
+    """Layers that make channels, in the order the forward pass reaches them, with their multiply-adds for `inputs`.
+
+    As torch's FlopCounterMode counts them, whose import takes longer than all of this.
+    """
+    reached: dict[str, int] = {}
+
+    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def add(layer: nn.Module, given: Any, output: Any) -> None:
+            counted = given[0] if getattr(layer, "transposed", False) and given else output
+            weight = layer.weight
+            each = weight[0].numel() if isinstance(weight, Tensor) and not isinstance(layer, nn.Embedding) else 0
+            reached[name] = reached.get(name, 0) + (counted.numel() * each if isinstance(counted, Tensor) else 0)
+
+        return add
+
+    hooks = [part.register_forward_hook(note(name)) for name, part in module.named_modules() if makes_channels(part)]
     try:
         with still(module):
-            module(*several(example))
+            try:
+                with idle(module):
+                    module(*inputs)
+            except Exception:  # noqa: BLE001  a stranger's network may need true values
+                reached.clear()
+                module(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return list(reached)
+    return reached
 
 
 def sites(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Site, ...]:
@@ -90,16 +106,12 @@ def sites(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Site
     `prune` is among a site's ops where it is the first producer of its coupled group, `lowrank` where it has no groups,
     `replace` where a dense k x k convolution has a cheaper form.
     """
-    with frozen(module), FlopCounterMode(display=False) as counter:
-        names = _order(module, example)
+    reached = _order(module, several(example))
     cuts = prunable(module, example)
-    flops = counter.get_flop_counts()
-    prefix = type(module).__name__
     found: list[Site] = []
-    for position, name in enumerate(names):
+    for position, (name, macs) in enumerate(reached.items()):
         layer = module.get_submodule(name)
         parameters = sum(parameter.numel() for parameter in layer.parameters())
-        macs = sum(flops.get(f"{prefix}.{name}" if name else prefix, {}).values()) // 2 // batch_size(example)
         compact = forms(layer)
         kind, inputs, outputs, kernel = _kind(layer)
         ops = [
@@ -116,11 +128,11 @@ def sites(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> tuple[Site
                 kind=kind,
                 ops=tuple(ops),
                 parameters=parameters,
-                macs=macs,
+                macs=macs // batch_size(example),
                 in_channels=inputs,
                 out_channels=outputs,
                 kernel=kernel,
-                depth=position / max(len(names) - 1, 1),
+                depth=position / max(len(reached) - 1, 1),
                 choices={"replace": ("keep", *compact)} if compact else {},
             )
         )
