@@ -21,6 +21,7 @@ from autocompress.artifact import versions
 from autocompress.devices.fingerprint import short
 from autocompress.devices.station import Station
 from autocompress.models.attention import own_names
+from autocompress.models.plain import as_folded
 from autocompress.models.trace import examples, thop_count
 from autocompress.models.weights import fill
 from autocompress.parts import Parts
@@ -34,6 +35,7 @@ PROBE_STEPS, SLICE_STEPS = 3, 12  # of training, between choices of the number o
 BASELINE_S = 0.5  # seconds per device: every later reading takes the baseline along
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts save a network
 PREFIXES = ("module.", "_orig_mod.", "model.")  # before every name: DataParallel's, torch.compile's, Lightning's
+INNER = (".module.", "._orig_mod.")  # the same inside a name, where a part alone was wrapped
 SAVE = "save the weights alone, by torch.save(network.state_dict(), FILE) or as .safetensors"
 MODEL, WEIGHTS = "model.onnx", "weights.safetensors"  # in OUT/baseline
 
@@ -56,9 +58,16 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: {why}; {SAVE}") from error
     while isinstance(found, dict) and (key := next((key for key in WRAPPERS if isinstance(found.get(key), dict)), "")):
         found = found[key]
+    if isinstance(found, dict) and not _is_state_dict(found):
+        inside = [value for value in found.values() if _is_state_dict(value)]
+        found = inside[0] if len(inside) == 1 else found
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise UserError(f"{path}: does not hold a state dict of tensors; {SAVE}")
     return found
+
+
+def _is_state_dict(found: object) -> bool:
+    return isinstance(found, dict) and bool(found) and all(isinstance(value, torch.Tensor) for value in found.values())
 
 
 def load_parent(module: nn.Module, path: Path) -> nn.Module:
@@ -97,22 +106,31 @@ def _first(problems: list[str]) -> str:
 
 
 def named_like(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights by the network's names, as far as that can be told: see PREFIXES, `attention.own_names` and `tied`.
+    """Weights by the network's names, as far as that can be told: see PREFIXES, INNER and `tied`.
+
+    And by what the network's layers were before they were unfolded (`attention.own_names`) and folded (`as_folded`).
 
     Counters of batch normalisation, which inference does not read, are the network's own where they are missing.
     """
     wanted = module.state_dict()
-    found = own_names(module, tensors)
+    found = _own_layers(module, tensors)
     while prefix := next((one for one in PREFIXES if found and all(name.startswith(one) for name in found)), ""):
         if any(name.startswith(prefix) for name in wanted):
             break
-        found = own_names(module, {name.removeprefix(prefix): tensor for name, tensor in found.items()})
+        found = _own_layers(module, {name.removeprefix(prefix): tensor for name, tensor in found.items()})
     for names in tied(module):
         held = next((name for name in names if name in found), None)
         if held is not None:  # savers write a shared tensor once
             found = {**dict.fromkeys(names, found[held]), **found}
     counters = {name: tensor for name, tensor in wanted.items() if name.endswith(".num_batches_tracked")}
     return {**counters, **found}
+
+
+def _own_layers(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    for inner in INNER:
+        if not any(inner in f".{name}" for name in module.state_dict()):
+            tensors = {f".{name}".replace(inner, ".")[1:]: tensor for name, tensor in tensors.items()}
+    return as_folded(module, own_names(module, tensors))
 
 
 def tied(module: nn.Module) -> list[list[str]]:

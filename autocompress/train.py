@@ -94,9 +94,14 @@ def bf16_faster(module: nn.Module, task: Task) -> bool:
 
 
 def channels_last(module: nn.Module) -> nn.Module:
-    """The same module, its convolutions' weights laid out as the processor's kernels want them."""
-    move: Any = module.to  # torch's annotation lacks this form
-    return move(memory_format=torch.channels_last)
+    """The same module, its convolutions' weights laid out as the processor's kernels want them.
+
+    Those over two axes: torch's own `to(memory_format=...)` refuses a network that has others over three.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return module
 
 
 def one_cycle(step: int, total: int, warm: float = 0.2) -> float:
@@ -226,8 +231,13 @@ class Training:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrialFailure(f"training diverged: loss is {value} at step {self.step} of {self.total}")
+        if not loss.requires_grad:  # every layer of the network is frozen
+            return value
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        for op, receipt in self.instruments:
+            if (follow := getattr(op, "follow", None)) is not None:
+                follow(self.module, receipt)
         norm = nn.utils.clip_grad_norm_([p for _, p in self._learning()], self.clip)
         if not torch.isfinite(norm):
             raise TrialFailure(f"training diverged: gradient is {float(norm)} at step {self.step} of {self.total}")
