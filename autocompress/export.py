@@ -29,15 +29,29 @@ from onnx import compose as onnx_compose
 from onnx import helper, version_converter
 from torch import nn
 from torch.jit._trace import TracerWarning
+from torch.onnx._internal.torchscript_exporter import utils
 
-from autocompress.graph import graph_hash, open_session, opset_of, rename, replace, settle, strip
+from autocompress import memory, onnxfile
+from autocompress.graph import (
+    graph_hash,
+    lightened,
+    open_session,
+    opset_of,
+    rename,
+    replace,
+    settle,
+    strip,
+    weighted,
+)
 from autocompress.models.trace import examples, still
 from autocompress.tasks import InputSpec, Predict, several
 from autocompress.types import TrialFailure, UserError
 
-__all__ = ["Exported", "Exporter", "Part", "compose", "export", "graph_hash", "parity", "predictor"]
+__all__ = ["EXPORTERS", "Exported", "Exporter", "Part", "compose", "export", "graph_hash", "parity", "predictor"]
 
 Exporter = Literal["torchscript", "dynamo"]
+EXPORTERS: tuple[Exporter, ...] = ("torchscript", "dynamo")
+"""In the order in which a network is given to them: the first takes a tenth of the other's time."""
 TOLERANCE = 1e-3
 """Largest relative difference between file and module. Sums in another order give 1e-6 to 1e-5, a wrong weight 1e-2."""
 ROUNDING, TOLERATED = 4.0, 2e-2
@@ -97,9 +111,7 @@ def export(module: nn.Module, spec: InputSpec, *, opset: int, exporter: Exporter
         raise
     except Exception as error:
         # exporters raise whatever their passes raise; for the search all of it means: this candidate has no file
-        raise TrialFailure(
-            f"export ({exporter}) failed: {_own_function(error) or f'{type(error).__name__}: {_line(error)}'}"
-        ) from error
+        raise TrialFailure(f"export ({exporter}) failed: {_own_function(error) or _cause(error)}") from error
     finally:
         for weight, data in layouts:
             weight.data = data
@@ -136,6 +148,13 @@ def _own_function(error: BaseException) -> str:
     return f"the torch.autograd.Function at {place} computes what ONNX cannot; give it a `symbolic`" if place else ""
 
 
+def _cause(error: BaseException) -> str:
+    """What began it: the dynamo exporter packs an error into advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {_line(error)}"
+
+
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
@@ -145,13 +164,17 @@ def _line(error: BaseException) -> str:
 
 @contextmanager
 def _no_dump() -> Iterator[None]:
-    """Of a graph that it cannot write, torch (up to 2.13) prints every node, though it was not asked to be verbose."""
-    log = torch._C._jit_onnx_log
+    """Of a graph that it cannot write, torch (up to 2.13) prints every node, though it was not asked to be verbose.
+
+    It also hands over the defaults of arguments that are left out, those that go by keyword alone as positional ones.
+    """
+    log, defaults = torch._C._jit_onnx_log, utils._decide_input_format
     torch._C._jit_onnx_log = lambda *_: None
+    utils._decide_input_format = lambda _, given: given
     try:
         yield
     finally:
-        torch._C._jit_onnx_log = log
+        torch._C._jit_onnx_log, utils._decide_input_format = log, defaults
 
 
 def _with_torchscript(

@@ -6,9 +6,9 @@ import hashlib
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -214,11 +214,23 @@ class Baseline:
     key: str  # weight-free graph hash
 
 
-def export_baseline(work: Work, folder: Path) -> str:
-    """Write OUT/baseline/model.onnx; returns its weight-free graph hash."""
-    model = export.compose(export_float(work, work.parent))
-    write_atomic(folder / MODEL, model)
-    return export.graph_hash(model, weights=False)
+def export_baseline(
+    work: Work, folder: Path, exporters: Sequence[export.Exporter] = export.EXPORTERS
+) -> tuple[str, export.Exporter]:
+    """Write OUT/baseline/model.onnx by the first exporter that can; returns its weight-free graph hash, and which.
+
+    Raises TrialFailure with the first one's reason if none can.
+    """
+    first: TrialFailure | None = None
+    for exporter in exporters:
+        try:
+            model = export.compose(export_float(replace(work, exporter=exporter), work.parent))
+        except TrialFailure as failure:
+            first = first or failure
+            continue
+        write_atomic(folder / MODEL, model)
+        return export.graph_hash(model, weights=False), exporter
+    raise first or TrialFailure("no exporter was asked")
 
 
 def measure_baseline(parts: Parts, work: Work, station: Station, folder: Path, key: str) -> Baseline:

@@ -253,9 +253,10 @@ def _judge(
     work: Work, read: Artifact, releases: Mapping[str, Release], folder: Path, asked: QualityLimit
 ) -> tuple[artifact.BaselineFigures, certify.Certificate]:
     """Measure the new files alone, beside the new weights' own baseline, and hold them against the limits."""
-    key = export_baseline(work, folder)
+    key, _ = export_baseline(work, folder, (work.exporter,))
     path = folder / "model.onnx"
-    predict = export.predictor(path.read_bytes())
+    baseline = onnxfile.load(path)
+    predict = export.predictor(baseline)
     selection = work.task.quality(predict, "selection")
     goal = read.manifest.goal
     variant = {profile.name: profile.numeric.variant for profile in work.profiles}

@@ -23,6 +23,7 @@ from autocompress.controller import Controller, Header, header, run_serial
 from autocompress.devices.cores import CorePlan, keep_to, plan_cores
 from autocompress.devices.gate import Gate
 from autocompress.devices.station import Station
+from autocompress.export import EXPORTERS, Exporter
 from autocompress.finals import FINALISTS, Finals
 from autocompress.journal import Event, Journal, began
 from autocompress.journal import read as read_journal
@@ -56,8 +57,6 @@ from autocompress.types import (
     UserError,
 )
 
-EXPORTER = "torchscript"  # one exporter per run: the two give different graphs and names
-
 
 @contextmanager
 def one_thread() -> Iterator[None]:
@@ -78,6 +77,7 @@ class MakeEvaluator:
     parent: str  # sha256 of the parent's weights
     quiet: bool
     bf16: bool | None = None
+    exporter: Exporter = "torchscript"  # one per run: the two give different graphs and names
     threads: int = 1
 
     def __call__(self, files: Files, measure: Measure) -> Evaluator:
@@ -85,11 +85,18 @@ class MakeEvaluator:
         torch.set_num_threads(self.threads)
         parent = load_weights(self.parts.builder.build({}), files.get(self.parent))
         gate: WorkGate = Gate() if self.quiet else OpenGate()
-        work = make_work(self.parts, parent, gate, bf16=self.bf16)
+        work = make_work(self.parts, parent, gate, bf16=self.bf16, exporter=self.exporter)
         return Evaluator(work, self.parts.budgets, files, measure)
 
 
-def make_work(parts: Parts, parent: nn.Module, gate: WorkGate | None = None, *, bf16: bool | None = None) -> Work:
+def make_work(
+    parts: Parts,
+    parent: nn.Module,
+    gate: WorkGate | None = None,
+    *,
+    bf16: bool | None = None,
+    exporter: Exporter = "torchscript",
+) -> Work:
     """What evaluating needs, from a job's parts and the trained parent."""
     return Work(
         builder=parts.builder,
@@ -98,7 +105,7 @@ def make_work(parts: Parts, parent: nn.Module, gate: WorkGate | None = None, *, 
         parent=parent,
         profiles=parts.profiles,
         epochs=parts.job.search.fidelity.full_epochs,
-        exporter=EXPORTER,
+        exporter=exporter,
         gate=gate or OpenGate(),
         bf16=bf16,
     )
@@ -313,7 +320,10 @@ class _Run:
             torch.set_num_threads(max(1, len(plan.trainers) or (os.cpu_count() or 1)))
             work = make_work(self.parts, parent)
             self.live.stage("exporting the baseline")
-            key = export_baseline(work, self.out / "baseline")
+            key, exporter = export_baseline(work, self.out / "baseline", self.exporters(journal))
+            work = replace(work, exporter=exporter)
+            if exporter != EXPORTERS[0]:
+                self.live.note(f"{EXPORTERS[0]} cannot export this network: {exporter} does, in seconds per candidate")
             path = self.out / "baseline" / "model.onnx"
             station = functools.partial(Station, self.parts.profiles, plan, path, baseline_key=key)
             mine = station()
@@ -322,7 +332,7 @@ class _Run:
                     baseline, journal = self.begin(journal, work, mine, key)
                 controller = self.controller(journal, baseline, begun)
                 with self.stage("search"):
-                    make = MakeEvaluator(self.parts, sha, plan.quiet, baseline.facts.bf16)
+                    make = MakeEvaluator(self.parts, sha, plan.quiet, baseline.facts.bf16, exporter)
                     self.execute(controller, store, make, mine, station, plan)
                 return self.finish(controller, baseline, work, mine, store)
             finally:
@@ -330,6 +340,11 @@ class _Run:
         finally:
             if journal is not None:
                 journal.close()
+
+    def exporters(self, journal: Journal | None) -> tuple[Exporter, ...]:
+        """Those to try in turn: the one that the run began with, if it has."""
+        begun = None if journal is None else next(iter(journal.events()), {}).get("exporter")
+        return tuple(one for one in EXPORTERS if begun in (None, one))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -355,7 +370,7 @@ class _Run:
                 limit=baseline.limit,
                 plan=self.parts.job.search,
                 facts=baseline.facts,
-                more={"job": self.parts.job.model_dump(mode="json"), "exporter": EXPORTER},
+                more={"job": self.parts.job.model_dump(mode="json"), "exporter": work.exporter},
             )
             make_searcher(first)  # options it refuses must not stand in a journal that no resume can mend
             return baseline, Journal.create(self.out / "journal.jsonl", first.event())
@@ -462,7 +477,7 @@ class _Run:
     ) -> tuple[Summary, Path]:
         """Certify, test, write. A second Ctrl-C leaves out what is not certified yet."""
         trials = controller.trials
-        finals = Finals(self.parts, work, baseline, station, store, self.out, EXPORTER)
+        finals = Finals(self.parts, work, baseline, station, store, self.out, work.exporter)
         findings: list[Finding] = []
         arms: list[Arm] = []
         state: summary.RunState = "interrupted" if controller.stopped else "finished"

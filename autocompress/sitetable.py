@@ -20,9 +20,9 @@ from autocompress.devices.profiler import Times, site_latency
 from autocompress.models import Builder
 from autocompress.models.trace import count, examples, still
 from autocompress.space import cardinality
-from autocompress.summary import DASH, TIMES
 from autocompress.tasks import InputSpec, several
-from autocompress.types import Profile, Site, Space
+from autocompress.types import Profile, Site, Space, TrialFailure
+from autocompress.wording import DASH, TIMES
 
 CODES = {
     "block": "B",
@@ -77,8 +77,7 @@ def figures(builder: Builder, spec: InputSpec, profile: Profile | None = None, *
     thop_macs, layers = _by_thop(module, spec)
     times = None
     if profile is not None:
-        exported = export.export(module, spec, opset=opset)
-        part = exported.parts[0]
+        part = _exported(module, spec, opset).parts[0]
         times = site_latency(part.model, part.nodes, profile.threads, batch=profile.batch)
     lines: list[Line] = []
     for site in sites:
@@ -87,6 +86,17 @@ def figures(builder: Builder, spec: InputSpec, profile: Profile | None = None, *
         lines.append(Line(site, *seen.get(site.name, ((), ())), thop=layers.get(site.name), ms=ms))
     macs, parameters = count(module, examples(spec))
     return Figures(tuple(lines), parameters, macs, thop_macs, times)
+
+
+def _exported(module: nn.Module, spec: InputSpec, opset: int) -> export.Exported:
+    """By the first exporter that can. Raises TrialFailure with the first one's reason if none can."""
+    first: TrialFailure | None = None
+    for exporter in export.EXPORTERS:
+        try:
+            return export.export(module, spec, opset=opset, exporter=exporter)
+        except TrialFailure as failure:
+            first = first or failure
+    raise first or TrialFailure("no exporter was asked")
 
 
 def in_order(sites: Sequence[Site]) -> list[Site]:
