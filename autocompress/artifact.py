@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
+from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save as save_tensors
 
-from autocompress import registry
+from autocompress import onnxfile, registry
 from autocompress.certify import Certificate
 from autocompress.tasks import InputSpec
 from autocompress.types import (
@@ -139,7 +139,7 @@ class Artifact:
         """The tensors of the compressed torch model (safetensors, no code)."""
         path = self.folder / WEIGHTS
         try:
-            return load_tensors(path.read_bytes())
+            return load_tensors(path)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({_line(error)})") from error
 
@@ -172,17 +172,19 @@ def write(
 
     `weights` may come as safetensors bytes already; `variants` are further ONNX files by name (`model-<variant>.onnx`)
     where one file does not serve every device, and the manifest's `models` says which is whose; `beside` are STORED and
-    OPTIMIZED where there are such. Hashes are filled in here. An artifact of an earlier run is replaced, files in it
+    OPTIMIZED where there are such. Weights of a large file go into one of their own, `model.onnx.data`, which the
+    manifest vouches for too. Hashes are filled in here. An artifact of an earlier run is replaced, files in it
     that are not ours are kept. Raises UserError if the folder holds something else or cannot be written.
     """
-    files: dict[str, bytes] = {MODEL: model, **(variants or {})}
     for name in variants or {}:
         if not _VARIANT.fullmatch(name):
             raise UserError(f"{name!r} is not a file name of a variant: use model-<variant>.onnx")
     for name in beside or {}:
         if name not in (STORED, OPTIMIZED):
             raise UserError(f"{name!r} is no file of an artifact: use {STORED} or {OPTIMIZED}")
-    files |= beside or {}
+    files: dict[str, bytes | memoryview] = {}
+    for name, data in {MODEL: model, **(variants or {}), **(beside or {})}.items():
+        files |= onnxfile.files(name, data)
     files[WEIGHTS] = weights if isinstance(weights, bytes) else _tensors(weights)
     files[POLICY] = _json(policy)
     files[INFER] = resources.files("autocompress").joinpath("templates/infer.py.txt").read_bytes()
@@ -212,7 +214,7 @@ def check_place(folder: Path) -> None:
         raise UserError(f"{folder}: holds something else than an artifact; name another folder")
 
 
-def _place(folder: Path, files: Mapping[str, bytes]) -> None:
+def _place(folder: Path, files: Mapping[str, bytes | memoryview]) -> None:
     """Rename a complete folder into place; what stood there is moved aside first and removed last."""
     folder = folder.absolute()
     check_place(folder)
@@ -255,7 +257,7 @@ def _keep_strangers(old: Path, fresh: Path) -> None:
             shutil.copy2(path, fresh / path.name, follow_symlinks=False)
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, data: bytes | memoryview) -> None:
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -288,11 +290,11 @@ def read(folder: Path, *, trust: Sequence[str] = ()) -> Artifact:
     for name, sha in manifest.files.items():
         if Path(name).name != name or name in ("", ".", "..") or "\\" in name or "\0" in name:
             raise UserError(f"{folder / MANIFEST}: {name!r} is not a plain file name")
-        data = _bytes(folder / name)
-        if hashlib.sha256(data).hexdigest() != sha:
-            raise UserError(f"{folder / name}: changed since it was written (its sha256 is not the manifest's)")
         if name == POLICY:
-            policy_bytes = data  # what was hashed is what is parsed
+            policy_bytes = _bytes(folder / name)  # what was hashed is what is parsed
+        found = hashlib.sha256(policy_bytes).hexdigest() if name == POLICY else _hash(folder / name)
+        if found != sha:
+            raise UserError(f"{folder / name}: changed since it was written (its sha256 is not the manifest's)")
     for profile, name in manifest.models.items():
         if name not in manifest.files:
             raise UserError(f"{folder / MANIFEST}: the model of {profile} is {name!r}, which it does not vouch for")
@@ -363,6 +365,17 @@ def _shape(site: Site) -> str:
 def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _hash(path: Path) -> str:
+    """A file's sha256, a large one not being held."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         raise UserError(f"{path}: missing") from None
     except OSError as error:

@@ -88,8 +88,10 @@ def export(module: nn.Module, spec: InputSpec, *, opset: int, exporter: Exporter
     """
     example = examples(spec, 2)
     modes = {part: part.training for part in module.modules()}
+    size = memory.module_bytes(module)
+    memory.check(memory.FILE * size, f"exporting a network of {size / 1e9:.1f} GB")
     # training leaves weights in channels-last order, from which the dynamo exporter writes another, slower graph
-    layouts = [(weight, weight.data) for weight in module.parameters() if weight.ndim > 3]
+    layouts = [(weight, weight.data) for weight in module.parameters() if weight.ndim > 3 and _reordered(weight)]
     module.eval()
     try:
         for weight, data in layouts:
@@ -124,8 +126,13 @@ def export(module: nn.Module, spec: InputSpec, *, opset: int, exporter: Exporter
     if (written := opset_of(model)) != opset:
         model = _convert(model, written, opset)
     strip(model)
-    part = Part("model", model.SerializeToString(deterministic=True), nodes)
+    part = Part("model", onnxfile.write(model), nodes)
     return Exported(parts=(part,), opset=opset, exporter=exporter)
+
+
+def _reordered(weight: torch.Tensor) -> bool:
+    """Whether a weight's strides are others than a fresh one's (is_contiguous() looks over those of 1x1)."""
+    return weight.stride() != torch.empty(weight.shape, device="meta").stride()
 
 
 def _keep_inputs(model: onnx.ModelProto, spec: InputSpec) -> None:
@@ -180,13 +187,20 @@ def _no_dump() -> Iterator[None]:
 def _with_torchscript(
     module: nn.Module, example: tuple[torch.Tensor, ...], inputs: list[str], opset: int
 ) -> onnx.ModelProto:
-    file = BytesIO()
     outputs = _output_names(module, example)
     axes = {name: {0: "batch"} for name in (*inputs, *outputs)}
     names = {"input_names": inputs, "output_names": outputs, "dynamic_axes": axes}
-    target: Any = file  # accepted, though torch's annotation has paths alone
-    torch.onnx.export(module, example, target, dynamo=False, opset_version=opset, **names)
-    return onnx.load_model_from_string(file.getvalue())
+
+    def write(target: Any) -> None:  # a file object is accepted, though torch's annotation has paths alone
+        torch.onnx.export(module, example, target, dynamo=False, opset_version=opset, **names)
+
+    if (size := memory.module_bytes(module)) <= onnxfile.LIMIT:
+        file = BytesIO()
+        write(file)
+        return onnx.load_model_from_string(file.getvalue())
+    with onnxfile.scratch(size) as folder:  # above 2 GB this exporter writes files only, every weight into its own
+        write(str(folder / "model.onnx"))
+        return onnx.load_model(str(folder / "model.onnx"))
 
 
 def _with_dynamo(
@@ -212,8 +226,11 @@ def _output_names(module: nn.Module, example: tuple[torch.Tensor, ...]) -> list[
 
 def _convert(model: onnx.ModelProto, written: int, opset: int) -> onnx.ModelProto:
     try:
-        converted = version_converter.convert_version(model, opset)
+        large = onnxfile.weight_bytes(model) > onnxfile.LIMIT
+        converted = version_converter.convert_version(lightened(model) if large else model, opset)
         onnx.checker.check_model(converted)  # the converter leaves attributes behind that the older opset lacks
+        if large:
+            weighted(converted, model)
         return converted
     except (RuntimeError, onnx.checker.ValidationError) as error:
         raise TrialFailure(f"export: opset {written} cannot be converted to {opset}: {_line(error)}") from error
@@ -308,7 +325,9 @@ def compose(exported: Exported) -> bytes:
         raise UserError("compose: there is no part to compose")
     if len(exported.parts) == 1:
         return exported.parts[0].model
-    models = [onnx.load_model_from_string(part.model) for part in exported.parts]
+    if (size := sum(len(part.model) for part in exported.parts)) > onnxfile.LIMIT:
+        raise TrialFailure(f"{len(exported.parts)} parts of {size / 1e9:.1f} GB are too large to be joined")
+    models = [onnxfile.read(part.model) for part in exported.parts]
     first, last = models[0].graph.input[0].name, models[-1].graph.output[0].name
     prefixed = [
         onnx_compose.add_prefix(model, f"{part.name}:") for part, model in zip(exported.parts, models, strict=True)
@@ -324,7 +343,7 @@ def compose(exported: Exported) -> bytes:
         replace(node.input, [outer.get(name, name) for name in node.input])
         replace(node.output, [outer.get(name, name) for name in node.output])
     strip(whole)
-    return whole.SerializeToString(deterministic=True)
+    return onnxfile.write(whole)
 
 
 def parity(module: nn.Module, model: bytes, *inputs: NDArray[Any]) -> float:
@@ -368,6 +387,8 @@ def _by_rounding(
     module: nn.Module, found: Sequence[Any], single: Sequence[Any], inputs: Sequence[NDArray[Any]]
 ) -> float | None:
     """The file's error against the module in double precision where rounding explains it, else None."""
+    if 2 * memory.module_bytes(module) > memory.available():
+        return None
     arguments = [torch.from_numpy(one) for one in inputs]
     try:
         double = copy.deepcopy(module).double().eval()
@@ -415,7 +436,7 @@ def _disagreement(found: NDArray[Any], expected: NDArray[Any]) -> float:
 
 
 def predictor(model: bytes, threads: int = 1) -> Predict:
-    """Run a file with onnxruntime: inputs (n, ...) to its output (n, ...), tuples of them where there are several.
+    """Run a model with onnxruntime: inputs (n, ...) to its output (n, ...), tuples of them where there are several.
 
     Raises TrialFailure if it cannot load.
     """

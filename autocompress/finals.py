@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from autocompress import artifact, certify, export, pareto
+from autocompress import artifact, certify, export, onnxfile, pareto
 from autocompress.controller import trial_seed
 from autocompress.devices.station import Station
 from autocompress.models.trace import examples, thop_count
@@ -280,7 +280,7 @@ class Finals:
 
     def baseline_test(self) -> Quality:
         """The uncompressed file on the test split."""
-        return self.test_quality("baseline", (self.out / "baseline" / "model.onnx").read_bytes())
+        return self.test_quality("baseline", onnxfile.load(self.out / "baseline" / "model.onnx"))
 
     def int8_arm(self) -> Arm:
         """The control that every reader asks for: the parent in int8, nothing else done to it."""

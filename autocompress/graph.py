@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,13 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper, shape_inference
 
-from autocompress.types import TrialFailure
+from autocompress.onnxfile import read, session
+from autocompress.types import TrialFailure, UserError
 
 IR_VERSION = 9
 """Newest file format that onnxruntime 1.17 reads; nothing written here needs a newer one."""
 RESIZE_SIZES = 3
 """Where a Resize takes the shape that it gives."""
-PROTOBUF_LIMIT = 2**31
 SETTLED_BYTES = 1 << 20
 """Largest tensor computed from shapes (positions, masks) that is written into the file."""
 
@@ -77,7 +77,7 @@ def _settle_sizes(model: onnx.ModelProto, example: Mapping[str, NDArray[Any]]) -
     probe = _weightless(model, derived)
     probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in example)
     names = [output.name for output in probe.graph.output]
-    probing = open_session(write(probe))
+    probing = open_session(probe)
     found: list[dict[str, NDArray[Any]]] = []
     longer = {name: np.concatenate((values, values[:1])) for name, values in example.items()}
     used = {value.name for value in graph.input}  # an input that nothing reads is not in the file
@@ -178,20 +178,21 @@ def _drop_dead(model: onnx.ModelProto) -> None:
             needed.update(node.input)
             kept.append(node)
     replace(graph.node, kept[::-1])
-    replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in needed])
+    _keep(graph.initializer, needed)
 
 
 def rename(model: onnx.ModelProto, sites: Mapping[int, str]) -> dict[str, tuple[str, ...]]:
     """Name nodes by site or type, tensors by node, weights by site; returns the nodes of every site that has some.
 
-    Exporters merge equal initializers, so their number would depend on values: each user gets its own copy.
+    Exporters merge equal initializers, so their number would depend on values: each user gets its own copy. What has
+    one user keeps its values where they are.
     """
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     outer = {value.name for value in (*graph.input, *graph.output)}
     used: Counter[str] = Counter()
     tensors: dict[str, str] = {}
-    fresh: dict[str, onnx.TensorProto] = {}
+    fresh: dict[str, str] = {}  # name of a constant -> the exporter's
     by_site: defaultdict[str, list[str]] = defaultdict(list)
 
     def unique(stem: str) -> str:
@@ -208,7 +209,7 @@ def rename(model: onnx.ModelProto, sites: Mapping[int, str]) -> dict[str, tuple[
                 role = ("input", "weight", "bias")[place] if site else str(place)
                 # a module called twice keeps one weight; anything else never shares
                 mine = f"{site}.{role}" if site else f"{node.name}.{role}"
-                fresh[mine] = _renamed(constants[name], mine)
+                fresh[mine] = name
                 node.input[place] = mine
             elif name:
                 node.input[place] = tensors.get(name, name)
@@ -216,12 +217,30 @@ def rename(model: onnx.ModelProto, sites: Mapping[int, str]) -> dict[str, tuple[
             if name and name not in outer:
                 tensors[name] = node.name if place == 0 else f"{node.name}.out{place}"  # `.1` is a constant it reads
                 node.output[place] = tensors[name]
-    replace(graph.initializer, fresh.values())
+    _keep(graph.initializer, set(fresh.values()))
+    first: dict[str, str] = {}
+    copies = [_renamed(constants[name], mine) for mine, name in fresh.items() if first.setdefault(name, mine) != mine]
+    for name, mine in first.items():
+        tensor = constants[name]
+        if tensor.HasField("raw_data"):
+            tensor.name = mine
+        else:
+            tensor.CopyFrom(_renamed(tensor, mine))
+    graph.initializer.extend(copies)
+    order = {mine: place for place, mine in enumerate(fresh)}
+    graph.initializer.sort(key=lambda tensor: order[tensor.name])
     return {site: tuple(names) for site, names in by_site.items()}
 
 
 def _renamed(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
     return numpy_helper.from_array(numpy_helper.to_array(tensor), name)
+
+
+def _keep(tensors: Any, names: Collection[str]) -> None:
+    """Drop all others in place: what protobuf copies within a graph is not freed before the graph is."""
+    for place in reversed(range(len(tensors))):
+        if tensors[place].name not in names:
+            del tensors[place]
 
 
 def strip(model: onnx.ModelProto) -> None:
@@ -236,41 +255,40 @@ def strip(model: onnx.ModelProto) -> None:
     model.ir_version = min(model.ir_version, IR_VERSION)
 
 
-def read(model: bytes) -> onnx.ModelProto:
-    """A file's content."""
-    return onnx.load_model_from_string(model)
-
-
-def write(model: onnx.ModelProto) -> bytes:
-    """A file of a graph; equal graphs give equal bytes. Raises TrialFailure above protobuf's limit of 2 GB."""
-    try:
-        return model.SerializeToString(deterministic=True)
-    except Exception as error:  # protobuf's own classes differ between its implementations
-        size = sum(tensor.ByteSize() for tensor in model.graph.initializer)
-        if size < PROTOBUF_LIMIT:
-            raise
-        raise TrialFailure(f"the network's weights take {size / 1e9:.1f} GB, an ONNX file holds 2 GB") from error
-
-
 def types_of(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
     """Element type and shape of every tensor that they can be inferred for, large weights not being copied."""
-    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
-    graph = light.graph
-    graph.name = "types"
-    graph.node.extend(model.graph.node)
-    graph.input.extend(model.graph.input)
-    graph.output.extend(model.graph.output)
-    for tensor in model.graph.initializer:
-        if len(tensor.dims) <= 1 and sum(tensor.dims) <= 64:  # sizes and axes, which shapes depend on
-            graph.initializer.append(tensor)
-        elif tensor.name not in {value.name for value in graph.input}:
-            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    inferred = shape_inference.infer_shapes(light).graph
+    inferred = shape_inference.infer_shapes(lightened(model)).graph
     found = {info.name: info.type.tensor_type for info in (*inferred.input, *inferred.value_info, *inferred.output)}
     for tensor in model.graph.initializer:
         if tensor.name not in found:
             found[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type
     return found
+
+
+def lightened(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with its weights as inputs: what onnx's own functions can take, whose limit is 2 GB."""
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
+    graph = light.graph
+    graph.name = "light"
+    graph.node.extend(model.graph.node)
+    graph.input.extend(model.graph.input)
+    graph.output.extend(model.graph.output)
+    fed = {value.name for value in model.graph.input}
+    for tensor in model.graph.initializer:
+        if len(tensor.dims) <= 1 and sum(tensor.dims) <= 64:  # sizes and axes, which shapes depend on
+            graph.initializer.append(tensor)
+        elif tensor.name not in fed:
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    return light
+
+
+def weighted(light: onnx.ModelProto, model: onnx.ModelProto) -> None:
+    """Give the weights of `model` back, in place, to what was made of `lightened(model)`."""
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    for tensor in light.graph.initializer:
+        weights.pop(tensor.name, None)
+    replace(light.graph.input, [value for value in light.graph.input if value.name not in weights])
+    light.graph.initializer.extend(weights.values())
 
 
 def opset_of(model: onnx.ModelProto) -> int:
@@ -285,13 +303,15 @@ def replace(target: Any, items: Iterable[Any]) -> None:
     target.extend(taken)
 
 
-def open_session(model: bytes, threads: int = 1) -> onnxruntime.InferenceSession:
-    """Load a file on the processor. Raises TrialFailure, with onnxruntime's own words, if it cannot."""
+def open_session(model: bytes | onnx.ModelProto, threads: int = 1) -> onnxruntime.InferenceSession:
+    """Load a model on the processor. Raises TrialFailure, with onnxruntime's own words, if it cannot."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4  # what fails is raised, and said once
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return session(model, options, ["CPUExecutionProvider"])
+    except (TrialFailure, UserError):
+        raise
     except Exception as error:
         # onnxruntime's exceptions share no base class
         raise TrialFailure(f"onnxruntime cannot load the file: {_line(error)}") from error
@@ -307,7 +327,7 @@ def graph_hash(model: bytes, weights: bool) -> str:
     Without `weights`, of what its latency depends on: operations, attributes, types and shapes, and the values of
     whole-number constants (axes, sizes) and of a Resize's scales; not of weights or quantization scales.
     """
-    graph = read(model).graph
+    graph = read(model, weights=weights).graph
     digest = hashlib.sha256()
     tensors = {tensor.name: _described(tensor, weights) for tensor in graph.initializer}
     values = {tensor.name: tensor for tensor in graph.initializer}
@@ -333,6 +353,7 @@ def graph_hash(model: bytes, weights: bool) -> str:
 
 def _described(tensor: onnx.TensorProto, weights: bool) -> str:
     shape = f"{tensor.data_type}{list(tensor.dims)}"
-    if weights or tensor.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.BOOL):
+    here = tensor.data_location != onnx.TensorProto.EXTERNAL  # else it was not read, being a large weight
+    if here and (weights or tensor.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.BOOL)):
         return f"{shape}{hashlib.sha256(numpy_helper.to_array(tensor).tobytes()).hexdigest()}"
     return shape

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from autocompress import export, registry
+from autocompress import export, memory, onnxfile, registry
 from autocompress.artifact import versions
 from autocompress.devices.fingerprint import short
 from autocompress.devices.station import Station
@@ -191,6 +191,8 @@ def make_parent(parts: Parts, folder: Path, say: Callable[[str], None]) -> nn.Mo
     """The parent with weights: from an earlier start of this run, from the job's file, or trained; kept in `folder`."""
     torch.manual_seed(parts.job.search.seed)
     module, kept = parts.builder.build({}), folder / WEIGHTS
+    size = memory.module_bytes(module)
+    memory.check(memory.TRIAL * size, f"model {parts.builder.name}, {size / 1e9:.1f} GB, with a candidate", UserError)
     if kept.is_file():
         return load_parent(module, kept)
     if parts.job.model.weights is not None:
@@ -228,7 +230,7 @@ def export_baseline(
         except TrialFailure as failure:
             first = first or failure
             continue
-        write_atomic(folder / MODEL, model)
+        onnxfile.save(folder / MODEL, model)
         return export.graph_hash(model, weights=False), exporter
     raise first or TrialFailure("no exporter was asked")
 
@@ -236,7 +238,7 @@ def export_baseline(
 def measure_baseline(parts: Parts, work: Work, station: Station, folder: Path, key: str) -> Baseline:
     """Quality on the selection split and a reading on every device (against itself)."""
     path = folder / MODEL
-    model = path.read_bytes()
+    model = onnxfile.load(path)
     quality = work.task.quality(export.predictor(model), "selection")
     readings: dict[str, Reading] = {}
     prints = {}

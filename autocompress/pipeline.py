@@ -21,6 +21,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from autocompress import export as exporting
+from autocompress import memory
 from autocompress.distill import Distillation
 from autocompress.models import Builder
 from autocompress.models.trace import examples, thop_count
@@ -246,8 +247,9 @@ def shape(
 ) -> Shaped:
     """Build, inherit the parent's weights, decide and enact the structure ops, re-estimate batch norm.
 
-    `look` is shown the module after each stage.
+    `look` is shown the module after each stage. Raises TrialFailure where memory is too short for it and its file.
     """
+    memory.check(memory.TRIAL * (size := memory.module_bytes(work.parent)), f"a candidate of {size / 1e9:.1f} GB")
     module = work.builder.build(candidate.arch)
     work.builder.inherit(module, work.parent, candidate.arch)
     look("inherited", module)
@@ -406,7 +408,14 @@ def qualities(work: Work, releases: Mapping[str, Release], split: str) -> dict[s
 def weights_of(module: nn.Module) -> bytes:
     """The module's parameters and buffers as safetensors."""
     # safetensors refuses tensors that share memory, which tied weights do: each is written on its own
-    return save_tensors({name: tensor.detach().contiguous().clone() for name, tensor in module.state_dict().items()})
+    tensors = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        if place in seen:
+            tensors[name] = tensor.clone()
+        seen.add(place)
+    return save_tensors(tensors)
 
 
 def load_weights(module: nn.Module, data: bytes) -> nn.Module:

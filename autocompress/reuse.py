@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save as save_tensors
 from torch import nn
 
-from autocompress import artifact, certify, export, reader, registry
+from autocompress import artifact, certify, export, memory, onnxfile, reader, registry
 from autocompress.artifact import Artifact
 from autocompress.controller import trial_seed
 from autocompress.devices.cores import plan_cores
@@ -20,13 +19,13 @@ from autocompress.devices.station import Station
 from autocompress.finals import SESSIONS
 from autocompress.models import Builder
 from autocompress.models.trace import examples, thop_count
+from autocompress.models.weights import fill
 from autocompress.parent import export_baseline, floor, load_parent, run_through
 from autocompress.parts import make_builder, make_ops, make_task
 from autocompress.pipeline import (
     Release,
     Settled,
     Work,
-    load_weights,
     qualities,
     release,
     rerelease,
@@ -172,9 +171,9 @@ def _reproduce(read: Artifact, made: _Subject, out: Path | None) -> Applied:
         module = reshape(work.builder, work.ops, policy.arch, policy.receipts)
     except TrialFailure as failure:
         raise UserError(f"{read.folder}: {failure}") from failure
-    stored = save_tensors(read.weights())
+    memory.check(memory.FILE * (size := memory.module_bytes(module)), f"a network of {size / 1e9:.1f} GB", UserError)
     try:
-        load_weights(module, stored)
+        fill(module.eval(), read.weights())
     except RuntimeError as error:
         raise UserError(
             f"{read.folder}: weights do not fit the policy: {' '.join(str(error).split())[:200]}"
@@ -187,7 +186,7 @@ def _reproduce(read: Artifact, made: _Subject, out: Path | None) -> Applied:
             raise UserError(f"{read.folder}: no profile of the manifest uses variant {variant!r}")
         name = manifest.models[profile.name]
         files[name] = rerelease(work, module, receipts).model
-        shipped = (read.folder / name).read_bytes()
+        shipped = onnxfile.load(read.folder / name)
         if files[name] != shipped:
             equal = False
             error = max(error, _difference(made.task, shipped, files[name]))
@@ -200,7 +199,7 @@ def _reproduce(read: Artifact, made: _Subject, out: Path | None) -> Applied:
             out,
             model=files[artifact.MODEL],
             variants={name: data for name, data in files.items() if name != artifact.MODEL},
-            weights=stored,
+            weights=(read.folder / artifact.WEIGHTS).read_bytes(),
             policy=policy,
             manifest=manifest.model_copy(update={"versions": artifact.versions()}),
         )
@@ -278,7 +277,7 @@ def _judge(
         selection=selection,
         test=work.task.quality(predict, "test"),
         readings=readings,
-        size_mb=path.stat().st_size / 1e6,
+        size_mb=len(baseline) / 1e6,
         macs=macs,
         parameters=parameters,
     )

@@ -28,7 +28,7 @@ def make_folder(folder: Path, advice: str) -> Path:
     return folder
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Write a whole file or nothing: a reader, and a run after a kill, never sees half of it.
 
     Raises UserError for a full disk, an exceeded quota or a folder that cannot be written.

@@ -20,6 +20,7 @@ import io
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from autocompress import artifact, export, parts, reuse
+from autocompress import artifact, export, memory, onnxfile, parts, reuse
 from autocompress.certify import Certificate
 from autocompress.models.sources import import_torchvision
 from autocompress.models.trace import examples, thop_count
@@ -244,6 +245,8 @@ def conform(network: str, seed: int, folder: Path) -> dict[str, Any]:
     task = Noise(spec)
     builder = parts.make_builder(network, spec, options)
     parent = builder.build({})
+    size = memory.module_bytes(parent)  # once more where its sites are found, then a candidate with its file
+    memory.check((1 + memory.TRIAL) * size, f"{network}, {size / 1e9:.1f} GB, with a candidate", UserError)
     animate(parent)
     reestimate_batchnorm(parent, task, 2, size=32)
     parent.eval()
@@ -253,7 +256,9 @@ def conform(network: str, seed: int, folder: Path) -> dict[str, Any]:
     ops = parts.make_ops(("block", "prune", "lowrank", "quantize"))
     work = Work(builder=builder, task=task, ops=ops, parent=parent, profiles=(PROFILE,))
     row: dict[str, Any] = {"network": network, "seed": seed, "parameters": parameters, "macs": macs}
+    shaped = None
     for strength in (0.0, 0.3, 0.6, 1.0):
+        del shaped  # two candidates of a large network do not fit
         candidate = Candidate(arch={}, policy=policy(sites, rng, strength))
         shaped = shape(work, candidate)
         entries = [entry for receipt in shaped.receipts for entry in receipt.entries]
@@ -274,6 +279,8 @@ def conform(network: str, seed: int, folder: Path) -> dict[str, Any]:
     inputs = tuple(one.numpy() for one in several(next(iter(task.batches("selection", 8)))[0]))
     floats = export.export(shaped.module, spec, opset=PROFILE.opset)
     row["parity"] = export.parity(shaped.module, export.compose(floats), *inputs)
+    exporter, opset = floats.exporter, floats.opset
+    del floats
     (done_release,) = release(work, shaped.module, candidate.policy).values()
     row["ops"]["quantize"] = sum(e.status == "done" and e.site != "." for r in done_release.receipts for e in r.entries)
     answers = several(export.predictor(done_release.model)(inputs))
@@ -307,14 +314,15 @@ def conform(network: str, seed: int, folder: Path) -> dict[str, Any]:
             task="noise",
             builder=network,
             profiles=(PROFILE,),
-            exporter=floats.exporter,
-            opset=floats.opset,
+            exporter=exporter,
+            opset=opset,
             job=job.model_dump(mode="json"),
         ),
     )
+    del builder, parent, work, shaped, done_release
     again = reuse.apply(folder / "best", task=task, out=folder / "again")
     row["byte_equal"] = again.byte_equal
-    reloaded = several(export.predictor((folder / "again" / artifact.MODEL).read_bytes())(inputs))
+    reloaded = several(export.predictor(onnxfile.load(folder / "again" / artifact.MODEL))(inputs))
     scale = max(float(np.abs(one).max()) for one in answers)
     row["reload_error"] = max(float(np.abs(one - two).max()) for one, two in zip(answers, reloaded, strict=True)) / max(
         scale, 1e-12
@@ -336,6 +344,7 @@ def child(network: str, seed: int) -> None:
         except (TrialFailure, UserError) as reason:
             row["reason"] = " ".join(str(reason).split())
     row["seconds"] = round(time.perf_counter() - started, 1)
+    row["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     print(json.dumps(row))
 
 

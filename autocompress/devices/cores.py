@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,30 +125,34 @@ def parse_list(text: str) -> frozenset[int]:
 
 
 def read_quota(root: Path = Path("/")) -> float | None:
-    """Cores' worth of time that control groups (version 1 or 2) allow this process; None for no limit.
+    """Cores' worth of time that control groups allow this process; None for no limit."""
+    limits = [limit for group in control_groups("cpu", root) for limit in _group_limit(group)]
+    return min(limits, default=None)
 
-    Every group from this process's own up to the mount counts, since the tightest holds. In a container the path
-    of /proc/self/cgroup may lie outside of what is mounted; the mount itself is then the process's group.
+
+def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
+    """Folders of the control groups (version 1 or 2) that limit this process, in which the tightest holds.
+
+    Every group from this process's own up to the mount counts. In a container the path of /proc/self/cgroup may lie
+    outside of what is mounted; the mount itself is then the process's group.
     """
     groups, mounts = root / "proc/self/cgroup", root / "proc/self/mountinfo"
     if not (groups.is_file() and mounts.is_file()):
-        return None
+        return
     paths: dict[str, str] = {}
     for line in groups.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         paths |= dict.fromkeys(controllers.split(","), path)
-    limits: list[float] = []
     for line in mounts.read_text().splitlines():
         head, _, tail = line.partition(" - ")
         kind, _, options = tail.split(" ", 2)
-        if kind not in ("cgroup", "cgroup2") or (kind == "cgroup" and "cpu" not in options.split(",")):
+        if kind not in ("cgroup", "cgroup2") or (kind == "cgroup" and controller not in options.split(",")):
             continue
         mount = root / head.split(" ")[4].lstrip("/")
-        group = mount / paths.get("cpu" if kind == "cgroup" else "", "").lstrip("/")
+        group = mount / paths.get(controller if kind == "cgroup" else "", "").lstrip("/")
         while group.is_relative_to(mount):
-            limits += _group_limit(group)
+            yield group
             group = group.parent
-    return min(limits, default=None)
 
 
 def _group_limit(group: Path) -> list[float]:

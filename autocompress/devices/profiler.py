@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnxruntime
 
+from autocompress import onnxfile
 from autocompress.devices.bench import values
 from autocompress.types import TrialFailure
 
@@ -85,7 +85,7 @@ class Loaded:
         options.log_severity_level = 3
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
-        self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self.session = onnxfile.session(model, options, ["CPUExecutionProvider"])
         inputs = self.session.get_inputs()
         self.feed = {one.name: values(one.name, one.type, one.shape, batch) for one in inputs}
 
@@ -134,7 +134,7 @@ class Owners:
     """Which site a node that ran belongs to."""
 
     def __init__(self, model: bytes, nodes: Mapping[str, Sequence[str]]) -> None:
-        graph = onnx.load_model_from_string(model).graph
+        graph = onnxfile.read(model, weights=False).graph
         self.sites: dict[str, str] = {}
         for site in sorted(nodes, key=lambda name: 0 if name == "." else len(name)):  # inner ones come last
             self.sites |= dict.fromkeys(nodes[site], site)

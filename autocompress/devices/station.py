@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from autocompress import load
+from autocompress import load, onnxfile
 from autocompress.devices import Device
 from autocompress.devices.cores import CorePlan, plan_cores
 from autocompress.devices.fingerprint import resolve_local, short
@@ -53,7 +53,7 @@ class Station:
         self._make = device or _plug_in
         self._devices = {name: self._make(profile) for name, profile in self._profiles.items()}
         self._cache = make_folder(cache or cache_dir(), "set AUTOCOMPRESS_CACHE to a folder that can be written")
-        self._baseline_key = baseline_key or _sha(self.baseline.read_bytes())
+        self._baseline_key = baseline_key or _sha(onnxfile.load(self.baseline))
         self._gate = (gate or Gate()) if plan.quiet else None
         self._lock = HostLock()
         self._hosts = {name: one.fingerprint() for name, one in self._devices.items()}
@@ -79,7 +79,7 @@ class Station:
         blocks give no interval. A noisy reading is taken `again` with twice the time, then returned with `noisy`
         set and not kept. Raises TrialFailure if the model cannot be loaded or run.
         """
-        place = self._place(profile_name, key or _sha(model if isinstance(model, bytes) else model.read_bytes()))
+        place = self._place(profile_name, key or _sha(model if isinstance(model, bytes) else onnxfile.load(model)))
         if (known := self._recall(place, profile_name)) is not None:
             return known
         with self._alone(profile_name), self._file(model) as path:
@@ -149,11 +149,11 @@ class Station:
             yield path if path != self.baseline else path.parent / ".." / path.parent.name / path.name
             return
         path = self._cache / "measuring" / f"{_sha(model)}.onnx"
-        write_atomic(path, model)
+        onnxfile.save(path, model)
         try:
             yield path
         finally:
-            path.unlink(missing_ok=True)
+            onnxfile.remove(path)
 
     def _take(
         self, device: Device, profile_name: str, model: Path, seconds: float, again: bool = True

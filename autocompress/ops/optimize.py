@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import onnx
 import onnxruntime
 
-from autocompress.graph import read
-from autocompress.types import Profile, TrialFailure
+from autocompress import onnxfile
+from autocompress.types import Profile, TrialFailure, UserError
+
+_BESIDE = "session.optimized_model_external_initializers_file_name"
+_FROM = "session.optimized_model_external_initializers_min_size_in_bytes"
 
 
 def optimized(model: bytes, profile: Profile) -> bytes:
@@ -18,20 +19,25 @@ def optimized(model: bytes, profile: Profile) -> bytes:
 
     Raises TrialFailure if it cannot be loaded there.
     """
-    with TemporaryDirectory() as folder:
-        target = Path(folder) / "optimized.onnx"
+    with onnxfile.scratch(2 * len(model)) as folder:
+        target = folder / "optimized.onnx"
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.optimized_model_filepath = str(target)
         options.intra_op_num_threads, options.inter_op_num_threads = profile.threads, 1
         options.log_severity_level = 4  # it warns that the file is for this machine, which is what is asked for
         provider = (profile.provider, dict(profile.provider_options))
+        if len(model) > onnxfile.LIMIT:
+            options.add_session_config_entry(_BESIDE, f"{target.name}.data")
+            options.add_session_config_entry(_FROM, str(onnxfile.LEAST))
         try:
-            onnxruntime.InferenceSession(model, options, providers=[provider])
+            onnxfile.session(model, options, [provider])
+        except (TrialFailure, UserError):
+            raise
         except Exception as error:
             # onnxruntime's exceptions share no base class
             raise TrialFailure(f"onnxruntime cannot optimize the file: {' '.join(str(error).split())[:300]}") from error
-        return target.read_bytes()
+        return onnxfile.load(target)
 
 
 def fused(model: bytes, made: bytes) -> dict[str, int]:
@@ -39,7 +45,7 @@ def fused(model: bytes, made: bytes) -> dict[str, int]:
 
     `made` is what `optimized` gave for it.
     """
-    before, after = _operations(read(model)), _operations(read(made))
+    before, after = (_operations(onnxfile.read(one, weights=False)) for one in (model, made))
     changes = {name: after[name] - before[name] for name in sorted({*before, *after})}
     total = sum(changes.values())
     return {name: change for name, change in changes.items() if change} | ({"nodes": total} if total else {})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 from onnx import helper
 
-from autocompress.graph import write
+from autocompress.onnxfile import write
 from autocompress.ops import Phase, equalize, shifts
 from autocompress.ops.integers import Plan, refusal
 from autocompress.ops.pairs import Range, rebuilt, with_pairs

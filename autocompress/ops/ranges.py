@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from autocompress.graph import open_session, write
-from autocompress.ops.pairs import Range, rebuilt
+from autocompress.graph import open_session
+from autocompress.ops.pairs import Range
 from autocompress.tasks import Task, batch_size, several
 from autocompress.types import TrialFailure, UserError
 
@@ -38,10 +38,14 @@ class Look:
 
     def session(self) -> onnxruntime.InferenceSession:
         """One that also gives the tensors; one thread sums in one order, so that ranges are equal everywhere."""
-        outer = {value.name for value in (*self.model.graph.input, *self.model.graph.output)}
-        wider = rebuilt(self.model, self.model.graph.node, ())
-        wider.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.tensors if name not in outer)
-        return open_session(write(wider))
+        graph = self.model.graph
+        outer = {value.name for value in (*graph.input, *graph.output)}
+        own = len(graph.output)
+        graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.tensors if name not in outer)
+        try:  # for as long as it loads: a graph beside it would have all weights once more
+            return open_session(self.model)
+        finally:
+            del graph.output[own:]
 
 
 def stream(looks: Sequence[Look], task: Task, limit: int) -> Iterator[tuple[Seen, ...]]:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from autocompress.graph import read, write
+from autocompress.onnxfile import read, write
 from autocompress.types import UserError
 
 Codec = Literal["zstd", "sparse", "codebook", "pow2"]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import helper
 
-from autocompress.graph import write
+from autocompress.onnxfile import save, write
 from autocompress.ops import Phase
 from autocompress.ops.storage import Codec, restore, storage
 from autocompress.ops.wiring import WEIGHTED, Wiring, constant
@@ -242,7 +242,7 @@ def main(arguments: Sequence[str]) -> int:
     source = Path(arguments[1])
     out = Path(arguments[2]) if len(arguments) == 3 else source.with_suffix(".onnx")
     try:
-        out.write_bytes(restore(source.read_bytes()))
+        save(out, restore(source.read_bytes()))
     except (UserError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from autocompress.graph import read
+from autocompress.onnxfile import read
 
 PRODUCTS = ("Gemm", "MatMul")
 WEIGHTED = ("Conv", "ConvTranspose", *PRODUCTS)
