@@ -6,9 +6,12 @@ its inputs. Everything is streamed: rows are made for one batch, added up in dou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +27,9 @@ FEWEST = 32
 ROWS = 4096
 """Sampled rows per layer."""
 BATCH = 32
-HELD = 256 * 2**20
+VALUES = 2**20
+"""Values of a calibration batch: few large images at a time stay in the cache, and their activations in memory."""
+HELD = 320 * 2**20
 """Bytes of moments that one pass over the calibration data fills."""
 RIDGE = 1e-4
 """Of the mean of the diagonal: enough to keep a fit from reading noise, too little to show in its error."""
@@ -42,7 +47,7 @@ class Moments:
         self.yy = torch.zeros(outputs, dtype=torch.float64)
         self.x = torch.zeros(inputs, dtype=torch.float64)
         self.y = torch.zeros(outputs, dtype=torch.float64)
-        self.count = 0
+        self.count, self.moved = 0, False
 
     def add(self, rows: Tensor, targets: Tensor | None = None) -> None:
         """More rows (n, d), with their outputs (n, o) unless `explain` is to find them."""
@@ -63,13 +68,20 @@ class Moments:
         self.yy = (weight.T * mapped).sum(0) + 2 * shift * summed + self.count * shift**2
         self.y = summed + self.count * shift
 
+    def about_mean(self) -> Tensor:
+        """`xx` about the mean from now on, in place: two of a wide layer's would be too much memory."""
+        if self.count and not self.moved:
+            self.xx.addr_(self.x, self.x, alpha=-1 / self.count)
+            self.moved = True
+        return self.xx
+
     def centred(self) -> Centred:
         """The same about the means: what a map with a bias has to explain."""
         count = max(self.count, 1)
         mean, answer = self.x / count, self.y / count
         return Centred(
-            self.xx - count * mean[:, None] * mean,
-            self.xy - count * mean[:, None] * answer,
+            torch.addr(self.xx, mean, mean, alpha=-count),
+            torch.addr(self.xy, mean, answer, alpha=-count),
             float((self.yy - count * answer**2).clamp_min(0).sum()),
             mean,
             answer,
@@ -101,6 +113,92 @@ class Centred(NamedTuple):
         """The best bias (o,) of the map (o, d)."""
         return self.y - weight.double() @ self.x
 
+    def part(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """`xx` and `xy` of some inputs (m,): (m, m) and (m, o)."""
+        return self.xx[columns[:, None], columns], self.xy[columns]
+
+    def filtered(self, filters: Tensor) -> tuple[Tensor, Tensor]:
+        """`xx` (c, c) and `xy` (c, o) of what filters (c, t) make of the taps of each channel, c * t = d."""
+        channels, taps = filters.shape
+        between = self.xx.reshape(channels, taps, channels, taps)
+        found = torch.einsum("atbs,at,bs->ab", between, filters, filters)
+        return found, torch.einsum("ato,at->ao", self.xy.reshape(channels, taps, -1), filters)
+
+    def narrowed(self, into: Tensor) -> tuple[Tensor, Tensor]:
+        """`xx` (a * t, a * t) and `xy` (a * t, o) of what a 1x1 convolution (a, c) makes of the channels."""
+        few, channels = into.shape
+        taps = len(self.xx) // channels
+        between = self.xx.reshape(channels, taps, channels, taps)
+        xx = torch.einsum("ac,ctds,bd->atbs", into, between, into).reshape(few * taps, -1)
+        return xx, torch.einsum("ac,cto->ato", into, self.xy.reshape(channels, taps, -1)).reshape(few * taps, -1)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The same as `Centred`, from the rows (n, d) about their mean and their answers (n, o) about theirs.
+
+    Where a layer reads more values than rows are sampled, its moments would be larger than these, and slower.
+    """
+
+    rows: Tensor
+    answers: Tensor
+    x: Tensor
+    y: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, answers: Tensor) -> Sampled:
+        """Of rows as they were read; both are changed."""
+        x, y = rows.mean(0), answers.mean(0)
+        return cls(rows.sub_(x), answers.sub_(y), x.double(), y.double())
+
+    @cached_property
+    def xx(self) -> Tensor:
+        """(d, d)."""
+        return self._moments(self.rows)[0]
+
+    @cached_property
+    def xy(self) -> Tensor:
+        """(d, o)."""
+        return (self.rows.T @ self.answers).double()
+
+    @cached_property
+    def yy(self) -> float:
+        """Summed over outputs."""
+        return float(self.answers.double().square().sum())
+
+    @property
+    def speaks(self) -> bool:
+        """True where there is something to fit: outputs vary, and are numbers."""
+        return 0 < self.yy < float("inf")
+
+    def error(self, weight: Tensor) -> float:
+        """Share of the outputs' variance that the map (o, d) with its best bias leaves unexplained."""
+        left = functional.linear(self.rows, weight.to(self.rows.dtype)).sub_(self.answers)
+        return float(left.double().square().sum()) / self.yy if self.yy > 0 else 0.0
+
+    def bias(self, weight: Tensor) -> Tensor:
+        """The best bias (o,) of the map (o, d)."""
+        return self.y - weight.double() @ self.x
+
+    def part(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """`xx` and `xy` of some inputs (m,)."""
+        return self._moments(self.rows[:, columns])
+
+    def filtered(self, filters: Tensor) -> tuple[Tensor, Tensor]:
+        """`xx` and `xy` of what filters (c, t) make of the taps of each channel."""
+        return self._moments(torch.einsum("nct,ct->nc", self._taps(len(filters)), filters.to(self.rows.dtype)))
+
+    def narrowed(self, into: Tensor) -> tuple[Tensor, Tensor]:
+        """`xx` and `xy` of what a 1x1 convolution (a, c) makes of the channels."""
+        narrow = torch.einsum("ac,nct->nat", into.to(self.rows.dtype), self._taps(into.shape[1]))
+        return self._moments(narrow.flatten(1))
+
+    def _taps(self, channels: int) -> Tensor:
+        return self.rows.reshape(len(self.rows), channels, -1)
+
+    def _moments(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return (rows.T @ rows).double(), (rows.T @ self.answers).double()
+
 
 def ridge(xx: Tensor, xy: Tensor, prior: Tensor | None = None, *, strength: float = RIDGE) -> Tensor:
     """The map (o, d) that explains `xy` (d, o) best, drawn a little towards `prior` (o, d) or zero.
@@ -122,10 +220,12 @@ def ridge(xx: Tensor, xy: Tensor, prior: Tensor | None = None, *, strength: floa
 
 def images_for(spec: InputSpec) -> int:
     """How many examples a fit reads: one large image has as many positions as many small ones."""
-    values = 1
-    for length in spec.shape:
-        values *= length
-    return min(IMAGES, max(FEWEST, IMAGES * PIXELS // max(values, 1)))
+    return min(IMAGES, max(FEWEST, IMAGES * PIXELS // max(math.prod(spec.shape), 1)))
+
+
+def batch_for(spec: InputSpec) -> int:
+    """How many examples one pass takes at a time."""
+    return max(1, VALUES // max(math.prod(spec.shape), 1))
 
 
 def plain(layer: nn.Module) -> bool:
@@ -170,8 +270,68 @@ def rows_of(layer: nn.Module, x: Tensor, output: Tensor, wanted: int, seed: int)
 def calibration(task: Task, images: int | None = None) -> Iterator[tuple[Any, ...]]:
     """Inputs of calibration batches, as tuples."""
     limit = images_for(task.input) if images is None else images
-    for inputs, _ in task.batches("calibration", min(BATCH, limit), limit=limit):
+    for inputs, _ in task.batches("calibration", min(BATCH, limit, batch_for(task.input)), limit=limit):
         yield several(inputs)
+
+
+class Listener(Protocol):
+    """Adds up what a layer shows on calibration data."""
+
+    def hear(self, layer: Any, x: Tensor, output: Tensor, wanted: int, seed: int) -> None:
+        """One call of the layer; `wanted` rows of it are asked for."""
+        ...
+
+
+L = TypeVar("L", bound=Listener)
+
+
+class Reading:
+    """What a Linear or a Conv2d without groups reads: sums, or the rows themselves where those take less memory."""
+
+    def __init__(self, layer: nn.Module, rows: int) -> None:
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        assert not (isinstance(layer, nn.Conv2d) and layer.groups > 1), f"{layer} has groups"
+        self.layer = layer
+        width = layer.weight[0].numel()
+        self.held: Moments | list[Tensor] = [] if rows < 2 * width else Moments(width, len(layer.weight))
+
+    @staticmethod
+    def bytes(layer: nn.Module, rows: int) -> int:
+        """How many it holds."""
+        width = layer.get_parameter("weight")[0].numel()
+        return min(8 * width, 4 * rows) * width
+
+    def hear(self, layer: Any, x: Tensor, output: Tensor, wanted: int, seed: int) -> None:
+        """Read sampled rows."""
+        found = rows_of(layer, x, output, wanted, seed)[0]
+        if isinstance(self.held, Moments):
+            self.held.add(found)
+        else:
+            self.held.append(found)
+
+    def moments(self, *, answers: bool = True) -> Moments:
+        """Sums over all rows, those of the outputs too where they are asked for."""
+        weight, bias = self._map()
+        if isinstance(self.held, list):
+            rows, self.held = self.held, Moments(weight.shape[1], len(weight))
+            if rows:
+                every = torch.cat(rows)
+                self.held.add(every, functional.linear(every, weight, bias) if answers else None)
+        elif answers:
+            self.held.explain(weight, bias)
+        return self.held
+
+    def centred(self) -> Centred | Sampled | None:
+        """What there is to fit, None where nothing was read. What it holds is given away."""
+        if isinstance(self.held, list) and self.held:
+            rows = torch.cat(self.held)
+            self.held = []
+            return Sampled.of(rows, functional.linear(rows, *self._map()))
+        found = self.moments()
+        return found.centred() if found.count else None
+
+    def _map(self) -> tuple[Tensor, Tensor | None]:
+        return self.layer.weight.detach().flatten(1), None if self.layer.bias is None else self.layer.bias.detach()
 
 
 def moments(
@@ -182,76 +342,66 @@ def moments(
     At most `rows` rows each, spread over `images` calibration examples. A layer that is never called has count 0.
     Memory is 8 d^2 bytes per layer: `each` goes by portions where that is too much.
     """
-    found = _gather(module, names, task, images, rows)
-    return {name: _settled(module.get_submodule(name), found[name]) for name in names}
+    found = {name: Reading(module.get_submodule(name), rows) for name in names}
+    listen(module, found, task, images, rows)
+    return {name: reading.moments() for name, reading in found.items()}
 
 
 def each(
     module: nn.Module, names: Sequence[str], task: Task, *, images: int | None = None, rows: int = ROWS
-) -> Iterator[tuple[str, Moments]]:
-    """`moments` layer by layer: as many passes over the data as the memory limit `HELD` asks for."""
-    waiting = list(names)
+) -> Iterator[tuple[str, Reading]]:
+    """What layers read, one by one: as many passes over the data as the memory limit `HELD` asks for."""
+    made: dict[str, tuple[int, Callable[[], Reading]]] = {}
+    for name in names:
+        layer = module.get_submodule(name)
+        made[name] = Reading.bytes(layer, rows), lambda layer=layer: Reading(layer, rows)
+    yield from by_portions(module, made, task, images=images, rows=rows)
+
+
+def by_portions(
+    module: nn.Module,
+    listeners: Mapping[str, tuple[int, Callable[[], L]]],
+    task: Task,
+    *,
+    images: int | None = None,
+    rows: int = ROWS,
+) -> Iterator[tuple[str, L]]:
+    """Let listeners hear their layers, as many at a time as hold `HELD` bytes together; one by one they are given."""
+    waiting = list(listeners)
     while waiting:
         held, count = 0, 0
         for name in waiting:
-            width = module.get_submodule(name).get_parameter("weight")[0].numel()
-            held += min(8 * width, 4 * rows) * width
+            held += listeners[name][0]
             if count and held > HELD:
                 break
             count += 1
-        found = _gather(module, waiting[:count], task, images, rows)
+        found = {name: listeners[name][1]() for name in islice(waiting, count)}
+        listen(module, found, task, images, rows)
         for name in islice(waiting, count):
-            yield name, _settled(module.get_submodule(name), found.pop(name))
+            yield name, found.pop(name)
         waiting = waiting[count:]
 
 
-def _gather(
-    module: nn.Module, names: Sequence[str], task: Task, images: int | None, rows: int
-) -> dict[str, Moments | list[Tensor]]:
-    """One pass: sums, or the rows themselves where those take less memory."""
+def listen(
+    module: nn.Module, listeners: Mapping[str, Listener], task: Task, images: int | None = None, rows: int = ROWS
+) -> None:
+    """One pass over the calibration data in evaluation mode, `rows` rows of each layer spread over it."""
     limit = images_for(task.input) if images is None else images
-    found: dict[str, Moments | list[Tensor]] = {}
-    hooks = []
-    seen = [0]  # examples before this batch
-    for name in names:
-        layer = module.get_submodule(name)
-        assert isinstance(layer, nn.Conv2d | nn.Linear)
-        assert not (isinstance(layer, nn.Conv2d) and layer.groups > 1), f"{name} has groups"
-        width = layer.weight[0].numel()
-        found[name] = [] if rows < 2 * width else Moments(width, layer.weight.shape[0])
-        hooks.append(layer.register_forward_hook(_adding(found[name], seen, rows / limit)))
+    seen = 0  # examples before this batch
+
+    def hook(listener: Listener) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hear(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+            wanted = max(1, round(rows / limit * len(inputs[0])))
+            listener.hear(layer, inputs[0].detach(), output.detach(), wanted, seen)
+
+        return hear
+
+    hooks = [module.get_submodule(name).register_forward_hook(hook(one)) for name, one in listeners.items()]
     try:
         with still(module):
-            for inputs in calibration(task, limit):
+            for inputs in calibration(task, limit) if listeners else ():
                 module(*inputs)
-                seen[0] += batch_size(inputs)
+                seen += batch_size(inputs)
     finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def _adding(held: Moments | list[Tensor], seen: list[int], share: float) -> Callable[[nn.Module, Any, Tensor], None]:
-    def add(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        x = inputs[0].detach()
-        wanted = max(1, round(share * len(x)))
-        found = rows_of(layer, x, output, wanted, seen[0])[0]
-        if isinstance(held, Moments):
-            held.add(found)
-        else:
-            held.append(found)
-
-    return add
-
-
-def _settled(layer: nn.Module, held: Moments | list[Tensor]) -> Moments:
-    assert isinstance(layer, nn.Conv2d | nn.Linear)
-    weight = layer.weight.detach().flatten(1)
-    if isinstance(held, list):
-        rows, held = held, Moments(weight.shape[1], weight.shape[0])
-        if rows:
-            every = torch.cat(rows)
-            held.add(every, functional.linear(every, weight, None if layer.bias is None else layer.bias.detach()))
-    else:
-        held.explain(weight, None if layer.bias is None else layer.bias.detach())
-    return held
+        for one in hooks:
+            one.remove()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from autocompress.models.compact import Form, support
-from autocompress.ops.fit import Centred, ridge
+from autocompress.ops.fit import Centred, Sampled, ridge
 
 ROUNDS = 4
 """Turns of alternating least squares; a large problem takes fewer, its steps cost the cube of its columns."""
@@ -38,46 +38,41 @@ def start(found: Form, weight: Tensor) -> dict[str, Tensor]:
     return {name: _written(found, [flat[rows[:, None], columns] for rows, columns in support(found)])}
 
 
-def refine(found: Form, parts: dict[str, Tensor], held: Centred) -> dict[str, Tensor]:
+def refine(found: Form, parts: dict[str, Tensor], held: Centred | Sampled) -> dict[str, Tensor]:
     """The form's weights that explain the layer's outputs best, from those of `start` on."""
     if found.kind == "separable":
         return _separable(found, parts, held)
     if found.kind == "bottleneck":
         return _narrow(found, parts, held)
     (name, weight), *_ = parts.items()
-    solved = [
-        ridge(held.xx[columns[:, None], columns], held.xy[columns][:, rows], weight[rows].flatten(1))
-        for rows, columns in support(found)
-    ]
+    solved: list[Tensor] = []
+    for rows, columns in support(found):
+        xx, xy = held.part(columns)
+        solved.append(ridge(xx, xy[:, rows], weight[rows].flatten(1)))
     return {name: _written(found, solved)}
 
 
-def _separable(found: Form, parts: dict[str, Tensor], held: Centred) -> dict[str, Tensor]:
+def _separable(found: Form, parts: dict[str, Tensor], held: Centred | Sampled) -> dict[str, Tensor]:
     outputs, inputs, height, width = found.shape
     taps = height * width
     depthwise, pointwise = parts["0.weight"].reshape(inputs, taps), parts["1.weight"].reshape(outputs, inputs)
-    between = held.xx.reshape(inputs, taps, inputs, taps)
-    for turn in range(ROUNDS if len(held.xx) <= LARGE else 1):
+    for turn in range(ROUNDS if inputs * taps <= LARGE else 1):
         if turn:  # the 1x1 part fixed: one filter per channel, all channels together
             normal = held.xx * (pointwise.T @ pointwise).repeat_interleave(taps, 0).repeat_interleave(taps, 1)
             wanted = (held.xy.reshape(inputs, taps, outputs) * pointwise.T[:, None]).sum(2).reshape(-1, 1)
             depthwise = ridge(normal, wanted, depthwise.reshape(1, -1)).reshape(inputs, taps)
         # the filters fixed: what comes out of them is an ordinary regression
-        filtered = torch.einsum("atbs,at,bs->ab", between, depthwise, depthwise)
-        reached = torch.einsum("ato,at->ao", held.xy.reshape(inputs, taps, outputs), depthwise)
-        pointwise = ridge(filtered, reached, pointwise)
+        pointwise = ridge(*held.filtered(depthwise), pointwise)
     return {
         "0.weight": depthwise.reshape(inputs, 1, height, width),
         "1.weight": pointwise.reshape(outputs, inputs, 1, 1),
     }
 
 
-def _narrow(found: Form, parts: dict[str, Tensor], held: Centred) -> dict[str, Tensor]:
+def _narrow(found: Form, parts: dict[str, Tensor], held: Centred | Sampled) -> dict[str, Tensor]:
     outputs, inputs, height, width = found.shape
     taps, (first, second) = height * width, found.inner
     into = parts["0.weight"].reshape(first, inputs)
-    between = held.xx.reshape(inputs, taps, inputs, taps)
-    wanted = held.xy.reshape(inputs, taps, outputs)
     middle, out = parts["1.weight"].flatten(1), parts["2.weight"].flatten(1)
     for turn in range(ROUNDS):
         if turn:
@@ -85,12 +80,12 @@ def _narrow(found: Form, parts: dict[str, Tensor], held: Centred) -> dict[str, T
                 break
             joint = (out @ middle).reshape(outputs, first, taps)
             square = torch.einsum("oat,obs->atbs", joint, joint)
+            between = held.xx.reshape(inputs, taps, inputs, taps)
             normal = torch.einsum("atbs,ctds->acbd", square, between).reshape(first * inputs, -1)
-            right = torch.einsum("oat,cto->ac", joint, wanted).reshape(-1, 1)
+            right = torch.einsum("oat,cto->ac", joint, held.xy.reshape(inputs, taps, outputs)).reshape(-1, 1)
             into = ridge(normal, right, into.reshape(1, -1)).reshape(first, inputs)
         # the first factor fixed: regression of reduced rank (Izenman 1975), in closed form
-        xx = torch.einsum("ac,ctds,bd->atbs", into, between, into).reshape(first * taps, -1)
-        xy = torch.einsum("ac,cto->ato", into, wanted).reshape(first * taps, outputs)
+        xx, xy = held.narrowed(into)
         full = ridge(xx, xy, out @ middle)
         out = torch.linalg.eigh(full @ xx @ full.T)[1][:, -second:]  # the leading directions of what is answered
         middle = out.T @ full

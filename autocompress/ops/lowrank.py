@@ -9,7 +9,7 @@ al. 2016, "Accelerating Very Deep Convolutional Networks", section 3).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from autocompress.models.trace import examples, still
 from autocompress.ops import Phase, whiten
 from autocompress.ops.chain import Layer, Method, Split, cost, difference, fill, full_ranks, put, strides, thin
 from autocompress.ops.factors import pair, spatial, tucker
-from autocompress.ops.fit import Moments, each
+from autocompress.ops.fit import ROWS, Moments, Reading, by_portions
 from autocompress.ops.whiten import Answers
 from autocompress.tasks import Task
 from autocompress.types import Choice, Entry, Profile, Receipt, Record, Rule, TrialFailure, UserError
@@ -265,9 +265,15 @@ def by_answers(split: Split) -> bool:
 
 def looks(module: nn.Module, splits: Mapping[str, Split], task: Task) -> Iterator[tuple[str, Moments | Answers]]:
     """Layers with what was seen of them on calibration data."""
-    wide = [name for name, split in splits.items() if by_answers(split)]
-    yield from whiten.answers(module, wide, task).items()
-    yield from each(module, [name for name in splits if name not in wide], task)
+    listeners: dict[str, tuple[int, Callable[[], Reading | Answers]]] = {}
+    for name, split in splits.items():
+        layer = module.get_submodule(name)
+        if by_answers(split):
+            listeners[name] = 8 * split.shape[0] ** 2, lambda outputs=split.shape[0]: Answers(outputs)
+        else:
+            listeners[name] = Reading.bytes(layer, ROWS), lambda layer=layer: Reading(layer, ROWS)
+    for name, found in by_portions(module, listeners, task):
+        yield name, found.moments(answers=False) if isinstance(found, Reading) else found
 
 
 def factors(layer: nn.Module, split: Split, found: Moments | Answers | None = None) -> dict[str, Tensor]:

@@ -124,11 +124,11 @@ def fit(
 
     Errors are shares of the variance of the layer's outputs on calibration data.
     """
-    for name, moments in each(module, list(taken), task, rows=ROWS):
+    for name, reading in each(module, list(taken), task, rows=ROWS):
         layer, found = module.get_submodule(name), taken[name]
         assert isinstance(layer, nn.Conv2d)
-        held = moments.centred()
-        if moments.count == 0 or not held.speaks:
+        held = reading.centred()
+        if held is None or not held.speaks:
             yield name, f"{name} answers with nothing but a constant on the calibration data", {}
             continue
         first = start(found, layer.weight.detach().double())

@@ -7,18 +7,15 @@ factors are fitted to what the first one passes on. The inputs are the unchanged
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autocompress.models.trace import still
 from autocompress.ops.chain import Layer
 from autocompress.ops.factors import chained, eigen, evened, orthogonal_sides, refolded, unfolded
-from autocompress.ops.fit import RIDGE, ROWS, Moments, calibration, images_for, ridge, sample
-from autocompress.tasks import Task, batch_size
+from autocompress.ops.fit import RIDGE, Moments, ridge, sample
 
 Chain = list[Tensor]
 
@@ -37,8 +34,8 @@ class Goal:
 
     @classmethod
     def of(cls, weight: Tensor, found: Moments, *, biased: bool) -> Goal:
-        """The goal of a layer; `weight` (out, in, ...) in any precision."""
-        xx = found.centred().xx if biased else found.xx
+        """The goal of a layer; `weight` (out, in, ...) in any precision. It takes the moments over."""
+        xx = found.about_mean() if biased else found.xx
         lift = RIDGE * float(xx.diagonal().mean())
         return cls(weight.double().flatten(1), tuple(weight.shape), xx, lift if lift > 0 else 1.0)
 
@@ -76,38 +73,15 @@ class Answers:
         """Mean square of the input's values."""
         return self.squares / max(self.values, 1)
 
-    def add(self, layer: Layer, x: Tensor, output: Tensor, wanted: int, seed: int) -> None:
+    def hear(self, layer: Any, x: Tensor, output: Tensor, wanted: int, seed: int) -> None:
         """One call's `wanted` rows."""
-        self.squares += float(x.double().square().sum())
+        assert isinstance(layer, Layer)
+        self.squares += float(torch.linalg.vector_norm(x)) ** 2
         self.values += x.numel()
         axis = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
         rows = output.movedim(axis, -1).reshape(-1, len(layer.weight))
         rows = rows[sample(len(rows), wanted, seed)]
         self.moments.add(rows if layer.bias is None else rows - layer.bias.detach())
-
-
-def answers(module: nn.Module, names: Sequence[str], task: Task) -> dict[str, Answers]:
-    """Outputs of the named layers (Linear, convolutions) in evaluation mode, all in one pass of few bytes."""
-    limit, seen = images_for(task.input), 0
-    found = {name: Answers(len(module.get_parameter(f"{name}.weight"))) for name in names}
-
-    def watch(held: Answers) -> Callable[[nn.Module, Any, Tensor], None]:
-        def add(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-            assert isinstance(layer, Layer)
-            held.add(layer, inputs[0].detach(), output.detach(), max(1, round(ROWS * len(inputs[0]) / limit)), seen)
-
-        return add
-
-    hooks = [module.get_submodule(name).register_forward_hook(watch(held)) for name, held in found.items()]
-    try:
-        with still(module):
-            for inputs in calibration(task, limit) if names else ():
-                module(*inputs)
-                seen += batch_size(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
 
 
 def principal(weight: Tensor, found: Answers, rank: int, *, biased: bool) -> tuple[Chain, Tensor]:
@@ -119,7 +93,8 @@ def principal(weight: Tensor, found: Answers, rank: int, *, biased: bool) -> tup
     """
     outputs, *rest = weight.shape
     flat = weight.double().flatten(1)
-    yy = found.moments.centred().xx if biased else found.moments.xx
+    moments = found.moments
+    yy = moments.about_mean() if biased else moments.xx
     lift = RIDGE * found.power * found.moments.count
     out = eigen(yy + (lift if lift > 0 else 1.0) * flat @ flat.T)[1][:, :rank]
     chain = [(out.T @ flat).reshape(rank, *rest), out.reshape(outputs, rank, *[1] * (len(rest) - 1))]
