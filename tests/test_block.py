@@ -226,6 +226,15 @@ def test_merging_twice_gives_the_same_weights():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_for_shapes_alone_nothing_is_fitted(monkeypatch):
+    module = network(Basic(8))
+    fitted = Block().decide(module, rules("merge", "2"), TASK, ANY, {})
+    monkeypatch.setattr("autocompress.ops.block.fit", lambda *_: pytest.fail("it fits"))
+    shapes = Block().decide(module, rules("merge", "2"), TASK, ANY)
+    assert shapes.entries[0].facts == fitted.entries[0].facts
+    assert set(shapes.entries[0].achieved) == {"macs"}
+
+
 def test_what_cannot_go_is_left_alone_with_a_reason():
     module = network(
         Basic(8), nn.Sequential(nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU()), Caller(Named(8, True))

@@ -57,8 +57,10 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fit_comes_nearer_than_the_weights_and_holds_on_other_images(kind):
     module, tensors = small_network(), {}
-    receipt = check_op(Replace(), module, rules(kind, "2"), TASK, ANY)
-    assert Replace().decide(module, rules(kind, "2"), TASK, ANY, tensors) == receipt
+    shapes = check_op(Replace(), module, rules(kind, "2"), TASK, ANY)
+    receipt = Replace().decide(module, rules(kind, "2"), TASK, ANY, tensors)
+    assert receipt == Replace().decide(module, rules(kind, "2"), TASK, ANY, {})
+    assert shapes.entries[0].facts == receipt.entries[0].facts
     achieved = receipt.entries[0].achieved
     assert achieved["error"] < achieved["error_start"]
     assert achieved["macs"] == Form.model_validate(receipt.entries[0].facts["forms"][0]).cost < 1
@@ -200,10 +202,10 @@ def test_a_layer_is_replaced_once():
 def test_constant_outputs_are_left_alone():
     module = small_network()
     nn.init.zeros_(module[0].weight)
-    receipt = Replace().decide(module, rules("separable", "2"), TASK, ANY)
+    receipt = Replace().decide(module, rules("separable", "2"), TASK, ANY, {})
     assert receipt.entries[0].status == "done"  # borders differ from the middle
     nn.init.zeros_(module[2].weight)
-    receipt = Replace().decide(module, rules("separable", "2"), TASK, ANY)
+    receipt = Replace().decide(module, rules("separable", "2"), TASK, ANY, {})
     assert receipt.entries[0].why == "2 answers with nothing but a constant on the calibration data"
 
 
@@ -224,7 +226,14 @@ def test_settings_are_checked():
 
 def test_a_network_that_does_not_run_fails_the_trial():
     with pytest.raises(TrialFailure, match="replace: cannot be fitted: RuntimeError"):
-        Replace().decide(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1)), rules("smaller", "0"), TASK, ANY)
+        Replace().decide(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1)), rules("smaller", "0"), TASK, ANY, {})
+
+
+def test_for_shapes_alone_no_data_is_read(monkeypatch):
+    monkeypatch.setattr(TASK, "batches", lambda *_args, **_more: pytest.fail("it reads data"), raising=False)
+    receipt = Replace().decide(small_network(), rules("bottleneck", "."), TASK, ANY)
+    assert [Form.model_validate(one).layer for one in receipt.entries[0].facts["forms"]] == ["0", "2"]
+    assert set(receipt.entries[0].achieved) == {"macs"}
 
 
 def test_a_receipt_of_another_network_is_refused():

@@ -18,7 +18,7 @@ from autocompress.models.calls import Call, Seen, watch
 from autocompress.models.merging import Chain, chain
 from autocompress.models.trace import still
 from autocompress.ops import Phase
-from autocompress.ops.merge import Merged, fit, load, skeleton
+from autocompress.ops.merge import Merged, fit, load, planned, skeleton
 from autocompress.tasks import Task, several
 from autocompress.types import Choice, Entry, Profile, Receipt, Record, Rule, TrialFailure, UserError
 
@@ -70,6 +70,9 @@ class Block:
     ) -> Receipt:
         """See which blocks can go; merged weights go into `tensors` as `<block>/merged.weight` and `.bias`.
 
+        Without `tensors` nothing is fitted: of several kernels that a merged convolution may have, it has the first.
+
+
         Raises UserError for an unknown kind, TrialFailure where the network does not run on the calibration data.
         """
         asked = [(rule, kind_of(rule)) for rule in rules]
@@ -84,7 +87,13 @@ class Block:
             raise TrialFailure(f"block: the network does not run: {type(error).__name__}: {_line(error)}") from error
         plans = _plan(subject, asked, seen)
         chains = {rule.site: plan for (rule, _), plan in zip(asked, plans, strict=True) if isinstance(plan, Chain)}
-        fitted = {site: (plan, achieved, weights) for site, plan, achieved, weights in fit(subject, chains, task)}
+        fitted: dict[str, tuple[Merged | str, dict[str, float], dict[str, Tensor]]] = {}
+        if tensors is not None:
+            fitted = {site: (plan, achieved, weights) for site, plan, achieved, weights in fit(subject, chains, task)}
+        else:
+            for site, found in chains.items():
+                plan = planned(site, subject.get_submodule(site), found, found.kernels[0])
+                fitted[site] = plan, {"macs": found.cost(plan.kernel) / found.macs}, {}
         verdicts = [
             fitted[rule.site][0] if isinstance(plan, Chain) else plan
             for (rule, _), plan in zip(asked, plans, strict=True)

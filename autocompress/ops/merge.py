@@ -158,11 +158,21 @@ def _solve(
     best = min(error for error, _ in solved.values())
     kernel = min(kernel for kernel, (error, _) in solved.items() if error <= ENOUGH * best)
     error, both = solved[kernel]
+    plan = planned(site, block, found, kernel)
+    weight = both[:, :-1].reshape(found.outputs, found.inputs, kernel, kernel)
+    dtype = layer.weight.dtype
+    weights = {f"{site}/merged.weight": weight.to(dtype).contiguous(), f"{site}/merged.bias": both[:, -1].to(dtype)}
+    return plan, {"error": error, "macs": found.cost(kernel) / found.macs, "rows": float(moments.count)}, weights
+
+
+def planned(site: str, block: nn.Module, found: Chain, kernel: int) -> Merged:
+    """The change that merges a chain into a convolution of this kernel; nothing is fitted for that."""
+    layer = block.get_submodule(found.layer)
     inner = {
         name: part for s in found.silenced for name, part in block.named_modules() if f"{name}.".startswith(f"{s}.")
     }
     convs = {name: part for name, part in {**inner, found.layer: layer}.items() if isinstance(part, nn.Conv2d)}
-    plan = Merged(
+    return Merged(
         block=site,
         layer=found.layer,
         silenced=found.silenced,
@@ -173,10 +183,6 @@ def _solve(
         padding=(kernel - 1) // 2,
         was={name: tuple(part.weight.shape) for name, part in convs.items()},
     )
-    weight = both[:, :-1].reshape(found.outputs, found.inputs, kernel, kernel)
-    dtype = layer.weight.dtype
-    weights = {f"{site}/merged.weight": weight.to(dtype).contiguous(), f"{site}/merged.bias": both[:, -1].to(dtype)}
-    return plan, {"error": error, "macs": found.cost(kernel) / found.macs, "rows": float(moments.count)}, weights
 
 
 def load(conv: nn.Conv2d, site: str, tensors: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ by (alternating) least squares for the layer's outputs on calibration data (Zhan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,9 @@ class Replace:
     ) -> Receipt:
         """Choose shapes and fit; weights go into `tensors` as `<layer>/<name in the form>`, e.g. `conv1/0.weight`.
 
+        Without `tensors` nothing is fitted, and a layer that answers with a constant is not noticed.
+
+
         Raises UserError for an unknown kind, TrialFailure where the network does not run on the calibration data.
         """
         taken: dict[str, Form] = {}
@@ -58,7 +62,7 @@ class Replace:
                 taken |= {one.layer: one for one in found}
         errors: dict[str, tuple[float, float] | str] = {}
         try:
-            for name, error, parts in fit(subject, taken, task):
+            for name, error, parts in fit(subject, taken, task) if tensors is not None else ():
                 errors[name] = error
                 if tensors is not None:
                     tensors |= {f"{name}/{key}": tensor for key, tensor in parts.items()}
@@ -141,19 +145,17 @@ def fit(
 
 def _entry(rule: Rule, found: list[Form] | str, errors: Mapping[str, tuple[float, float] | str]) -> Entry:
     if not isinstance(found, str):
-        done = [(one, error) for one in found if isinstance(error := errors[one.layer], tuple)]
+        done = [one for one in found if not isinstance(errors.get(one.layer), str)]
         if done:
-            spent = [one.shape[0] * one.shape[1] * one.shape[2] * one.shape[3] for one, _ in done]
-            return Entry(
-                site=rule.site,
-                asked=rule.settings,
-                achieved={
-                    "error_start": max(before for _, (before, _) in done),
-                    "error": max(after for _, (_, after) in done),
-                    "macs": sum(one.cost * dense for (one, _), dense in zip(done, spent, strict=True)) / sum(spent),
-                },
-                facts={"forms": [one.model_dump(mode="json") for one, _ in done]},
-            )
+            spent = [math.prod(one.shape) for one in done]
+            achieved = {"macs": sum(one.cost * dense for one, dense in zip(done, spent, strict=True)) / sum(spent)}
+            if fitted := [error for one in done if isinstance(error := errors.get(one.layer), tuple)]:
+                achieved |= {
+                    "error_start": max(before for before, _ in fitted),
+                    "error": max(after for _, after in fitted),
+                }
+            facts = {"forms": [one.model_dump(mode="json") for one in done]}
+            return Entry(site=rule.site, asked=rule.settings, achieved=achieved, facts=facts)
         found = str(errors[found[0].layer])
     return Entry(site=rule.site, status="skipped", why=found, asked=rule.settings)
 
