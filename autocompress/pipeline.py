@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,7 @@ from autocompress.types import (
     Assignment,
     Budget,
     Candidate,
+    Entry,
     Interval,
     Outcome,
     Policy,
@@ -179,6 +181,9 @@ class Shaped:
             train_op(work, receipt).settle(module, receipt).model_copy(update={"op": receipt.op})
             for receipt in reversed(self.instruments)  # the last one in is the first one out
         )
+        if any(entry.facts.get("early") for receipt in learned for entry in receipt.entries):
+            # channels went that training had not silenced yet: the layers behind them see other values
+            reestimate_batchnorm(module, work.task, BATCHNORM_BATCHES, pause=work.gate.step)
         return Settled(module, learned[::-1])
 
     def plain(self, work: Work) -> nn.Module:
@@ -254,18 +259,35 @@ def shape(
     work.builder.inherit(module, work.parent, candidate.arch)
     look("inherited", module)
     receipts: list[Receipt] = []
+    instruments: list[Receipt] = []
     for name, op, rules in ordered(candidate.policy, work.ops, "structure"):
+        asked, skipped = narrowed(op, module, rules, candidate.policy)
         tensors: dict[str, Any] = {}
-        receipt = op.decide(module, rules, work.task, work.shape_profile, tensors)
+        receipt = op.decide(module, asked, work.task, work.shape_profile, tensors)
         module = op.enact(module, receipt, tensors)
-        receipts.append(receipt.model_copy(update={"op": name}))  # a plug-in goes by its module:attr
-        look(name, module)
+        entries = (*receipt.entries, *skipped)
+        receipt = receipt.model_copy(update={"op": name})  # a plug-in goes by its module:attr
+        now = tuple(entry for entry in entries if entry.status != "open")
+        later = tuple(entry for entry in entries if entry.status == "open")
+        receipts.append(receipt.model_copy(update={"entries": now}))
+        instruments += [receipt.model_copy(update={"entries": later})] if later else []
+        if now or not later:
+            look(name, module)
     # The parent's own statistics are of augmented images: estimated anew they cost an untouched ResNet-56 1.3 points.
     changed = changes_structure(work, candidate.arch, receipts)
     if changed:
         reestimate_batchnorm(module, work.task, BATCHNORM_BATCHES, pause=work.gate.step)
         look("batch norm", module)
-    return Shaped(module, tuple(receipts), instrument(work, module, candidate.policy), intact=not changed)
+    instruments += instrument(work, module, candidate.policy)
+    return Shaped(module, tuple(receipts), tuple(instruments), intact=not changed)
+
+
+def narrowed(
+    op: Op, module: nn.Module, rules: Sequence[Rule], policy: Policy
+) -> tuple[Sequence[Rule], Sequence[Entry]]:
+    """The rules for an op to decide, and entries of those that it skips, as the policy's other rules have it."""
+    narrow = getattr(op, "narrow", None)
+    return narrow(module, rules, policy) if narrow else (rules, ())
 
 
 def changes_structure(work: Work, arch: Arch, receipts: Sequence[Receipt]) -> bool:
@@ -280,8 +302,7 @@ def instrument(work: Work, module: nn.Module, policy: Policy) -> tuple[Receipt, 
     receipts: list[Receipt] = []
     for name, op, rules in ordered(policy, work.ops, "train"):
         if isinstance(op, TrainOp):
-            narrow = getattr(op, "narrow", None)
-            asked, skipped = narrow(module, rules, policy) if narrow else (rules, ())
+            asked, skipped = narrowed(op, module, rules, policy)
             receipt = op.decide(module, asked, work.task, work.shape_profile)
             if entries := (*receipt.entries, *skipped):
                 op.enact(module, receipt)
@@ -370,11 +391,16 @@ def rate(work: Work, shaped: Shaped) -> float:
 
     Two epochs over 5,000 images cost a trained CIFAR ResNet-20 5.8 points at the recipe's 0.08, 0.6 at 0.01, none at
     0.002; with 70 % of its weights at zero 4.6 at 0.08, 2.7 at 0.02 and at 0.01, 3.0 at 0.003.
+    Where channels go in training they are as many to make up for as if they had gone before: an eighth of the rate cost
+    a convnet on digits 15 points at 70 %, the rate itself 4.
     """
     full = recipe(work.task).lr
     if not shaped.intact:
         return full
-    acting = {receipt.op for receipt in shaped.instruments for entry in receipt.entries if entry.status == "done"}
+    entries = [(receipt.op, entry) for receipt in shaped.instruments for entry in receipt.entries]
+    if any(entry.status == "open" for _, entry in entries):
+        return full
+    acting = {op for op, entry in entries if entry.status == "done"}
     return full * (FINE_RATE if acting <= {"qat"} else MASKED_RATE)
 
 
@@ -431,13 +457,15 @@ def at_best(reading: Reading) -> Reading:
 
 
 def notes_of(receipts: Sequence[Receipt]) -> tuple[str, ...]:
-    """One line per rule that was not followed."""
-    return tuple(
-        f"{receipt.op} {entry.site}: skipped, {entry.why}"
-        for receipt in receipts
-        for entry in receipt.entries
-        if entry.status == "skipped"
-    )
+    """One line per rule that was not followed, or not as it was asked."""
+    found: list[str] = []
+    for receipt in receipts:
+        for entry in receipt.entries:
+            if entry.status == "skipped":
+                found.append(f"{receipt.op} {entry.site}: skipped, {entry.why}")
+            for why, count in Counter(entry.facts.get("at_once", {}).values()).items():
+                found.append(f"{receipt.op} {entry.site}: {count} of its groups before training, {why}")
+    return tuple(found)
 
 
 class Evaluator:

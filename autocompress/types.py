@@ -323,7 +323,7 @@ class Entry(Record):
     """What an op decided for one site."""
 
     site: str
-    status: Literal["done", "skipped"] = "done"
+    status: Literal["done", "skipped", "open"] = "done"  # open: training settles it, after which it is done
     why: str = ""  # for `skipped`: one line
     asked: dict[str, Choice] = {}
     achieved: dict[str, float] = {}

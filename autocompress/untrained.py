@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from autocompress import export, latency
 from autocompress import space as sp
 from autocompress.answers import Answers, is_labels
-from autocompress.pipeline import FirstLook, Work, export_float, finish, notes_of, ordered
+from autocompress.ops import TrainOp
+from autocompress.pipeline import FirstLook, Work, export_float, finish, narrowed, notes_of, ordered
 from autocompress.tasks import Task, several
 from autocompress.train import reestimate_batchnorm
 from autocompress.types import Candidate, Choice, Gene, Genotype, Profile, Reading, Receipt, Space
@@ -93,8 +94,11 @@ class Untrained:
         receipts: list[Receipt] = []
         for _, op, rules in ordered(candidate.policy, work.ops, "structure"):
             tensors: dict[str, Any] | None = {} if fitted else None
-            receipt = op.decide(module, rules, task, work.shape_profile, tensors)
+            asked, _ = narrowed(op, module, rules, candidate.policy)
+            receipt = op.decide(module, asked, task, work.shape_profile, tensors)
             module = op.enact(module, receipt, tensors)
+            if isinstance(op, TrainOp):  # what training would settle, at once
+                receipt = op.settle(module, receipt)
             receipts.append(receipt)
         return module, receipts
 

@@ -230,7 +230,7 @@ def test_global_ranking_leaves_a_channel_multiple():
 
 def test_the_op_follows_the_protocol_and_zero_asks_nothing():
     assert isinstance(Prune(), Op)
-    assert Prune().params == {"ratio": 0.0, "importance": "l1", "scope": "group"}
+    assert Prune().params == {"ratio": 0.0, "importance": "l1", "scope": "group", "schedule": "oneshot"}
     assert Prune().decide(network(), rules(0.0, "stem.conv"), TASK, LEAVE) == Receipt(op="prune")
 
 
@@ -243,6 +243,7 @@ def test_the_op_follows_the_protocol_and_zero_asks_nothing():
         ({"ratio": True}, "ratio True"),
         ({"importance": "l3"}, "choose one of l1, l2, taylor, first_order, bn_scale, fpgm, random"),
         ({"scope": "all"}, "choose one of group, global"),
+        ({"schedule": "slow"}, "choose one of oneshot, gradual"),
         ({"ratios": 0.5}, "unknown setting 'ratios'"),
     ],
 )

@@ -80,25 +80,57 @@ class Coupling:
 
     def plan(self) -> Plan:
         """Nothing cut yet."""
-        return Plan(self)
+        attributes = {name: (self.of[labels.numpy()], 1) for name, labels in self.trace.attributes.items()}
+        for one in self.attentions:
+            units = self.places.get(Place(f"{one.layers[0]}.weight", 0))
+            if units is not None:
+                attributes |= {(one.name, name): (np.unique(units), each) for name, each in one.attributes.items()}
+        return Plan(self.of, self.places, attributes)
 
 
 class Plan:
-    """Cuts in the making, group after group: positions shift as earlier groups leave the same axes."""
+    """Cuts in the making, group after group: positions shift as earlier groups leave the same axes.
 
-    def __init__(self, coupling: Coupling) -> None:
-        self.coupling = coupling
+    `of`: the network-wide unit of each label; `places`: the unit at each position of an axis; `attributes`: by module
+    and name, the units that a number on a module counts, and what each counts for.
+    """
+
+    def __init__(
+        self, of: Ints, places: Mapping[Place, Ints], attributes: Mapping[tuple[str, str], tuple[Ints, int]]
+    ) -> None:
+        self.of, self.places, self.attributes = of, places, attributes
         self.alive: dict[Place, Ints] = {}
-        self.gone = np.zeros(int(coupling.of.max()) + 1, dtype=bool)  # units of the whole network
+        self.gone = np.zeros(int(of.max(initial=0)) + 1, dtype=bool)  # units of the whole network
+
+    def units(self, group: Group) -> Ints:
+        """Network-wide numbers of a group's units."""
+        return self.of[group.labels.numpy()]
+
+    def standing(self, place: Place) -> Ints:
+        """The units that still stand along an axis, by position."""
+        units = self.places[place]
+        return units[self.alive[place]] if place in self.alive else units
+
+    def facts(self, kept: Mapping[Group, Sequence[int]]) -> dict[str, Any]:
+        """Cut every group to its units in `kept`: `cuts`, and `attributes` if there are any, as receipts hold them."""
+        cuts: list[Cut] = []
+        attributes: dict[str, dict[str, int]] = {}
+        for group, left in kept.items():
+            found, values = self.cut(group, left)
+            cuts += found
+            for name, mine in values.items():
+                attributes.setdefault(name, {}).update(mine)
+        facts: dict[str, Any] = {"cuts": [cut.model_dump(mode="json", exclude_defaults=True) for cut in cuts]}
+        return facts | ({"attributes": attributes} if attributes else {})
 
     def cut(self, group: Group, kept: Sequence[int]) -> tuple[list[Cut], dict[str, dict[str, int]]]:
         """Cuts, and attributes by module, that leave the units `kept` of a group."""
         fresh = np.zeros_like(self.gone)
-        fresh[self.coupling.of[group.labels.numpy()[group.rest(kept)]]] = True
+        fresh[self.units(group)[group.rest(kept)]] = True
         self.gone |= fresh
         alike: defaultdict[tuple[int, int, tuple[int, ...]], list[str]] = defaultdict(list)
         for place in (member.place for member in group.members):
-            units = self.coupling.places[place]
+            units = self.places[place]
             was = self.alive.get(place)
             was = np.arange(len(units)) if was is None else was
             left = ~fresh[units[was]]
@@ -113,15 +145,9 @@ class Plan:
     def _attributes(self, fresh: NDArray[np.bool_]) -> dict[str, dict[str, int]]:
         """What counts channels on modules that have no tensors to read it from, where it has changed."""
         found: defaultdict[str, dict[str, int]] = defaultdict(dict)
-        for (name, attribute), labels in self.coupling.trace.attributes.items():
-            units = self.coupling.of[labels.numpy()]
+        for (name, attribute), (units, times) in self.attributes.items():
             if fresh[units].any():
-                found[name][attribute] = int((~self.gone[units]).sum())
-        for one in self.coupling.attentions:
-            units = self.coupling.places.get(Place(f"{one.layers[0]}.weight", 0))
-            if units is not None and fresh[units].any():
-                heads = int((~self.gone[np.unique(units)]).sum())
-                found[one.name] |= {attribute: heads * each for attribute, each in one.attributes.items()}
+                found[name][attribute] = int((~self.gone[units]).sum()) * times
         return dict(found)
 
 

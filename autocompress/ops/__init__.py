@@ -61,7 +61,11 @@ class TrainOp(Op, Protocol):
     """An op whose facts are known only after training. `module` carries what `enact` installed.
 
     One that depends on a policy's other rules may have `narrow(module, rules, policy)`, which gives the rules to decide
-    and entries of those that are skipped.
+    and entries of those that are skipped (so may a structure op). One that ranks by gradients may have
+    `follow(module, receipt)`, called after every backward pass.
+
+    A structure op may be one too: entries of status `open` are what training settles. Settled they are `done`, the
+    module has the shape that enacting them gives, and a receipt of them alone makes that shape at once.
     """
 
     def advance(self, module: nn.Module, receipt: Receipt, share: float) -> None:

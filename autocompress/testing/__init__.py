@@ -158,7 +158,8 @@ def check_op(op: Op, subject: Any, rules: Sequence[Rule], task: Task, profile: P
 
     `decide` leaves the subject as it was and is repeatable, every rule is accounted for, the receipt survives JSON,
     and enacting it twice on copies gives equal shapes, tensors and bytes. A `TrainOp`'s instrument lives through
-    copying, a few steps of training and its state being loaded elsewhere, and leaves the module as it found it.
+    copying, a few steps of training and its state being loaded elsewhere, and leaves the module as it found it, or a
+    structure op's as its settled receipt makes it.
     """
     assert isinstance(op, Op), "an op has name, phase, params, decide and enact"
     assert op.phase in ("structure", "train", "numeric"), f"unknown phase {op.phase!r}"
@@ -179,11 +180,13 @@ def check_op(op: Op, subject: Any, rules: Sequence[Rule], task: Task, profile: P
     read = Receipt.model_validate_json(written)
     assert json.loads(read.model_dump_json()) == json.loads(written), f"{op.name}: its receipt does not survive JSON"
     for entry in receipt.entries:
-        assert entry.status == "done" or entry.why, f"{op.name}: skipped {entry.site!r} without saying why"
+        assert entry.status != "skipped" or entry.why, f"{op.name}: skipped {entry.site!r} without saying why"
     first = _state(op.enact(copy.deepcopy(subject), read))
     second = _state(op.enact(copy.deepcopy(subject), read))
     assert first == second, f"{op.name}: enacting one receipt twice gives two results"
-    if isinstance(op, TrainOp):
+    open_ = any(entry.status == "open" for entry in receipt.entries)
+    assert not open_ or isinstance(op, TrainOp), f"{op.name}: it leaves entries open, but has no settle"
+    if isinstance(op, TrainOp) and (open_ or op.phase == "train"):
         _check_instrument(op, subject, read, task)
     return receipt
 
@@ -201,6 +204,8 @@ def _check_instrument(op: TrainOp, subject: Any, receipt: Receipt, task: Task) -
         assert bool(torch.isfinite(loss)), f"{op.name}: the loss is not finite at step {step}"
         optimizer.zero_grad()
         loss.backward()
+        if (follow := getattr(op, "follow", None)) is not None:
+            follow(module, receipt)
         optimizer.step()
         if step == 3:
             break
@@ -218,13 +223,17 @@ def _check_instrument(op: TrainOp, subject: Any, receipt: Receipt, task: Task) -
     )
     op.settle(module, receipt)
     assert _state(module) == _state(other), f"{op.name}: settling one state twice gives two networks"
+    plain, whose = subject, "were there before enact"
+    if op.phase == "structure":
+        assert all(entry.status != "open" for entry in read.entries), f"{op.name}: settle leaves entries open"
+        plain, whose = op.enact(copy.deepcopy(subject), read), "enacting its settled receipt gives"
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in module.state_dict().items()}
-    before = {name: (tuple(t.shape), t.dtype) for name, t in subject.state_dict().items()}
-    assert shapes == before, f"{op.name}: settle leaves other names or shapes than were there before enact"
-    assert [repr(part) for part in module.modules()] == [repr(part) for part in subject.modules()], (
-        f"{op.name}: settle leaves other layers than were there before enact"
+    before = {name: (tuple(t.shape), t.dtype) for name, t in plain.state_dict().items()}
+    assert shapes == before, f"{op.name}: settle leaves other names or shapes than {whose}"
+    assert [repr(part) for part in module.modules()] == [repr(part) for part in plain.modules()], (
+        f"{op.name}: settle leaves other layers than {whose}"
     )
-    hooks = [sum(map(len, _hooks(part))) for part in (module, subject)]
+    hooks = [sum(map(len, _hooks(part))) for part in (module, plain)]
     assert hooks[0] == hooks[1], f"{op.name}: settle leaves hooks behind"
 
 
