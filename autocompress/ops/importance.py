@@ -31,7 +31,9 @@ GRADIENTS = ("taylor", "first_order")
 SCORED = 256
 """Calibration examples that gradients are summed over."""
 WORK = 4e10
-"""Multiply-adds of forward passes that gradients may cost: large networks see fewer examples, but 8 at least."""
+"""Multiply-adds of forward passes that gradients may cost: large networks see fewer examples, but `FEWEST` at least."""
+FEWEST = 4
+"""On CIFAR's ResNet-20 scores of 4, 8 and 16 examples are equally near those of 256 (rank correlation 0.6)."""
 
 
 class Scores(NamedTuple):
@@ -129,7 +131,7 @@ def learn_gradients(model: nn.Module, task: Task, macs: int) -> None:
 
     `macs`: multiply-adds of one example, by which the number of examples is limited.
     """
-    limit = int(min(SCORED, max(8, WORK / max(macs, 1))))
+    limit = int(min(SCORED, max(FEWEST, WORK / max(macs, 1))))
     model.zero_grad()
     model.requires_grad_(True).eval()
     with torch.enable_grad():
