@@ -20,14 +20,15 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch_pruning
 from cifar import Cifar, resnet
+from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 from rich.console import Console
 from rich.table import Table
@@ -40,6 +41,7 @@ from autocompress.devices.station import Station
 from autocompress.models.foreign import Foreign
 from autocompress.parts import make_ops
 from autocompress.pipeline import Release, Shaped, Work, export_float, release, shape, training
+from autocompress.tasks import Predict, Task, several
 from autocompress.types import Candidate, Policy, Rule, Site
 
 SEED = 0
@@ -84,17 +86,23 @@ ARMS: dict[str, Callable[[Sequence[Site]], list[Rule]]] = {
 
 
 class Reader(CalibrationDataReader):
-    """128 calibration images for onnxruntime's own quantizer."""
+    """Calibration samples for onnxruntime's own quantizer."""
 
-    def __init__(self, task: Cifar) -> None:
-        self.left = iter([{"input": x.numpy()} for x, _ in task.batches("calibration", 32, limit=128)])
+    def __init__(self, task: Task, count: int = 128) -> None:
+        names = [one.name for one in task.input.every]
+        self.left = iter(
+            [
+                dict(zip(names, (one.numpy() for one in several(inputs)), strict=True))
+                for inputs, _ in task.batches("calibration", 32, limit=count)
+            ]
+        )
 
     def get_next(self) -> Any:
         """The next feed, None at the end."""
         return next(self.left, None)
 
 
-def as_shipped(model: bytes, task: Cifar) -> bytes:
+def as_shipped(model: bytes, task: Task) -> bytes:
     """onnxruntime's static quantization with its default types."""
     with tempfile.TemporaryDirectory() as name:
         source, target = Path(name) / "float.onnx", Path(name) / "int8.onnx"
@@ -120,13 +128,24 @@ def pruned_by_hand(parent: nn.Module) -> nn.Module:
     return module
 
 
+class Measured(Task, Protocol):
+    """A task that can say sample by sample what is right."""
+
+    def right(self, predict: Predict, split: str) -> NDArray[np.bool_]:
+        """Whether each sample of a split is classified rightly, shape (n,): what paired differences are made of."""
+        ...
+
+
 class Bench:
     """One network: its fp32 file is what everything is held against."""
 
-    def __init__(self, depth: int, epochs: float, task: Cifar, console: Console) -> None:
-        self.name, self.task, self.console = f"ResNet-{depth}", task, console
+    def __init__(
+        self, name: str, parent: nn.Module, epochs: float, task: Measured, console: Console, types: tuple[str, ...] = ()
+    ) -> None:
+        """`types`: number formats that the profile is asked to allow beside those it says it is good at."""
+        self.name, self.task, self.console = name, task, console
         self.profile = resolve_local(load.profile("local-1t"))
-        parent = resnet(depth)
+        self.profile = self.profile.model_copy(update={"types": (*self.profile.types, *types)})
         self.builder = Foreign.of(parent, task.input)
         self.work = Work(
             builder=self.builder,
@@ -140,6 +159,7 @@ class Bench:
         self.baseline = Path(self.folder.name) / "baseline.onnx"
         self.baseline.write_bytes(export.compose(export_float(self.work, self.work.parent)))
         self.right = task.right(export.predictor(self.baseline.read_bytes()), "test")
+        console.print(f"{name} fp32: {self.right.mean():.4f} on {len(self.right)} samples", highlight=False)
         plan = plan_cores((self.profile,))
         keep_to(plan.trainers)
         self.station = Station((self.profile,), plan, self.baseline)
@@ -175,22 +195,18 @@ class Bench:
         )
         return row
 
-    def rows(self, only: str | None) -> list[dict[str, Any]]:
-        """All arms."""
-        found: list[dict[str, Any]] = []
-
-        def add(arm: str, make: Callable[[], bytes]) -> None:
+    def rows(self, only: str | None) -> Iterator[dict[str, Any]]:
+        """All arms, or those whose name contains `only`."""
+        arms: dict[str, Callable[[], bytes]] = {"fp32": self.baseline.read_bytes}
+        for arm, rules in ARMS.items():
+            arms[arm] = lambda rules=rules: self.apply(Policy(rules=tuple(rules(self.builder.sites())))).model
+        arms["onnxruntime as shipped"] = lambda: as_shipped(self.baseline.read_bytes(), self.task)
+        arms["torch-pruning by hand + int8"] = self.by_hand
+        for arm, make in arms.items():
             if only is None or only in arm:
                 started = time.perf_counter()
                 model = make()
-                found.append(self.row(arm, model, time.perf_counter() - started))
-
-        add("fp32", self.baseline.read_bytes)
-        for arm, rules in ARMS.items():
-            add(arm, lambda rules=rules: self.apply(Policy(rules=tuple(rules(self.builder.sites())))).model)
-        add("onnxruntime as shipped", lambda: as_shipped(self.baseline.read_bytes(), self.task))
-        add("torch-pruning by hand + int8", self.by_hand)
-        return found
+                yield self.row(arm, model, time.perf_counter() - started)
 
     def apply(self, policy: Policy) -> Release:
         """The whole path of a candidate: decide, enact, train where the arm trains, settle, export, quantize."""
@@ -232,9 +248,13 @@ def main() -> None:
     console = Console()
     rows: list[dict[str, Any]] = []
     for depth in map(int, asked.networks.split(",")):
-        bench = Bench(depth, asked.epochs, Cifar(asked.train), console)
+        bench = Bench(f"ResNet-{depth}", resnet(depth), asked.epochs, Cifar(asked.train), console)
         try:
-            rows += bench.rows(asked.arm)
+            for row in bench.rows(asked.arm):
+                rows.append(row)
+                if asked.json:  # row by row: a long run that is cut off has said what it found
+                    told = {"rows": rows, "epochs": asked.epochs, "train": asked.train}
+                    asked.json.write_text(json.dumps(told, indent=1))
         finally:
             bench.close()
     view = Table("network", "arm", "quality", "points lost", "size", "speed")
@@ -248,8 +268,6 @@ def main() -> None:
             f"{row['speedup']:.2f}x [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]",
         )
     console.print(view)
-    if asked.json:
-        asked.json.write_text(json.dumps({"rows": rows, "epochs": asked.epochs, "train": asked.train}, indent=1))
 
 
 if __name__ == "__main__":

@@ -2,306 +2,345 @@
 
     AUTOCOMPRESS_DATA=FOLDER python benchmarks/techniques.py [--network 20] [--epochs 0.5] [--arm TEXT] [--json FILE]
 
-One trained CIFAR ResNet; every row applies one technique to it, the trained ones (marked) followed by the same short
-distillation. Figures as in `benchmarks/oneshot.py`: the ONNX file on test images 5000-9999, drops as paired differences
-to fp32 with 95 % intervals, latency in turn with fp32. A reference is another library's way to the same thing on the
-same network with the same recipe; `within` says whether the two qualities differ by at most one standard error of their
-paired difference (or ours is better). Where there is no reference the row says why.
+Networks: `20` and `56`, trained CIFAR ResNets; `text`, a small BERT that is trained on SST-2 first; `mobile`, a small
+MobileNet that is trained on CIFAR-10 first. Every row applies one technique; those marked * are followed by the same
+short distillation (`--epochs`). Figures as in `benchmarks/oneshot.py`: the ONNX file on the test split (CIFAR: images
+5000-9999), drops as paired differences to fp32 with 95 % intervals, latency in turn with fp32. A reference is another
+library's way to the same thing, or a paper's formula by hand, on the same network with the same recipe
+(`references.py`, which says what to install for them); `within` says whether ours is at most one standard error of the
+paired difference worse. Where there is no reference the row says why.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
+import re
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import references as by
 import torch
 import torch_pruning as tp
-from cifar import Cifar
-from oneshot import SEED, Bench, as_shipped, every_other_block, everywhere
+from arms import DISTILL, Arm, Lab, Rules, all_of, both, every_second, rows_of, table
+from cifar import Cifar, resnet
+from encoder import ENCODER_ARMS, Sentences, encoder
+from mobile import MOBILE_ARMS, mobilenet
 from rich.console import Console
-from torch import nn
-from torch.nn.utils import prune as torch_prune
 
-from autocompress import export
-from autocompress.ops.storage import storage
-from autocompress.ops.store import codecs_of
-from autocompress.pipeline import Shaped, release, training
-from autocompress.types import Policy, Rule, Site
+from autocompress.types import Rule, Site
 
-Rules = Callable[[Sequence[Site]], list[Rule]]
-NO_LIBRARY = "not compared"
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One row: `trained` rows are followed by distillation; `reference` makes the other library's file."""
-
-    name: str
-    rules: Rules
-    trained: bool = True
-    reference: Callable[[Techniques], bytes] | None = None
-    beside: str = NO_LIBRARY  # the reference's name, or why there is none
-
-
-def rows_of(op: str, **settings: Any) -> Rules:
-    """The technique at every site that lists it."""
-    return lambda sites: everywhere(op, sites, **settings)
-
-
-def all_of(op: str, **settings: Any) -> Rules:
-    """The technique over the whole network at once."""
-    return lambda _sites: [Rule(site=".", op=op, settings=settings)]
-
-
-def first_block(kind: str) -> Rules:
-    """A block op at every second block that offers it."""
-
-    def rules(sites: Sequence[Site]) -> list[Rule]:
-        able = [site.name for site in sites if kind in site.choices.get("block", ())]
-        return [Rule(site=name, op="block", settings={"kind": kind}) for name in able[1::2]]
-
-    return rules
-
-
-def pruned(importance: Any) -> Callable[[Techniques], bytes]:
-    """torch-pruning with its own importance, the same recipe after it."""
-
-    def make(bench: Techniques) -> bytes:
-        module = copy.deepcopy(bench.work.parent)
-        inner = {part for name, part in module.named_modules() if name.endswith("conv1") and "layer" in name}
-        outer: list[nn.Module] = [
-            part for part in module.modules() if isinstance(part, nn.Conv2d | nn.Linear) and part not in inner
-        ]
-        example = torch.zeros(1, 3, 32, 32)
-        pruner = tp.pruner.BasePruner(module, example, importance=importance(), pruning_ratio=0.5, ignored_layers=outer)
-        module.eval()
-        for inputs, targets in bench.task.batches("calibration", 64, limit=256):
-            bench.task.loss(module(inputs), targets).backward()
-        pruner.step()
-        module.zero_grad()
-        return bench.finish(module)
-
-    return make
-
-
-def masked(bench: Techniques) -> bytes:
-    """torch.nn.utils.prune: the smallest 70 % of every layer, masks held while the same recipe trains."""
-    module = copy.deepcopy(bench.work.parent)
-    layers = [part for part in module.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
-    for layer in layers:
-        torch_prune.l1_unstructured(layer, "weight", amount=0.7)
-    bench.train(module)
-    for layer in layers:
-        torch_prune.remove(layer, "weight")
-    return bench.float_file(module)
+NO_LIBRARY = "none: no library replaces convolutions of a trained network"
 
 
 def inner_prune(**settings: Any) -> Rules:
     """Half of the inner channels of every block."""
-    return lambda sites: [
-        Rule(site=site.name, op="prune", settings={"ratio": 0.5, **settings})
-        for site in sites
-        if "prune" in site.ops and site.name.endswith("conv1") and "layer" in site.name
-    ]
+
+    def rules(sites: Sequence[Site]) -> list[Rule]:
+        inner = [site.name for site in sites if "prune" in site.ops and site.name.endswith("conv1")]
+        return [Rule(site=n, op="prune", settings={"ratio": 0.5, **settings}) for n in inner if "layer" in n]
+
+    return rules
 
 
+def taught(kind: str) -> Rules:
+    """Every second block dropped, taught by a kind of distillation."""
+    return both(every_second("drop"), all_of("distill", **DISTILL, kind=kind))
+
+
+STAGES = ("layer1", "layer2", "layer3")
 ARMS = (
     Arm(
         "prune 50 %, L1",
         inner_prune(importance="l1"),
-        reference=pruned(lambda: tp.importance.GroupMagnitudeImportance(p=1)),
+        reference=by.pruned(lambda: tp.importance.GroupMagnitudeImportance(p=1)),
         beside="torch-pruning, L1",
     ),
     Arm(
         "prune 50 %, L2",
         inner_prune(importance="l2"),
-        reference=pruned(lambda: tp.importance.GroupMagnitudeImportance(p=2)),
+        reference=by.pruned(lambda: tp.importance.GroupMagnitudeImportance(p=2)),
         beside="torch-pruning, L2",
     ),
     Arm(
         "prune 50 %, Taylor",
         inner_prune(importance="taylor"),
-        reference=pruned(tp.importance.GroupTaylorImportance),
+        reference=by.pruned(tp.importance.GroupTaylorImportance),
         beside="torch-pruning, Taylor",
     ),
     Arm(
-        "prune 50 %, first-order", inner_prune(importance="first_order"), beside="torch-pruning has no such importance"
+        "prune 50 %, first-order",
+        inner_prune(importance="first_order"),
+        reference=by.pruned(lambda: tp.importance.GroupTaylorImportance(multivariable=True)),
+        beside="torch-pruning, Taylor, multivariable",
     ),
     Arm(
         "prune 50 %, BN scale",
         inner_prune(importance="bn_scale"),
-        reference=pruned(tp.importance.BNScaleImportance),
+        reference=by.pruned(tp.importance.BNScaleImportance),
         beside="torch-pruning, BN scale",
     ),
     Arm(
         "prune 50 %, FPGM",
         inner_prune(importance="fpgm"),
-        reference=pruned(tp.importance.FPGMImportance),
+        reference=by.pruned(tp.importance.FPGMImportance),
         beside="torch-pruning, FPGM",
     ),
     Arm(
         "prune 50 %, random",
         inner_prune(importance="random"),
-        reference=pruned(tp.importance.RandomImportance),
+        reference=by.pruned(tp.importance.RandomImportance),
         beside="torch-pruning, random",
     ),
     Arm(
         "prune 50 %, global L2",
         all_of("prune", ratio=0.5, importance="l2", scope="global"),
-        beside="torch-pruning couples the padded shortcuts",
+        beside="none: torch-pruning couples the padded shortcuts",
     ),
-    Arm("drop every second block", every_other_block),
-    Arm("merge every second block", first_block("merge")),
-    Arm("replace: separable", rows_of("replace", kind="separable")),
-    Arm("replace: shuffle", rows_of("replace", kind="shuffle")),
-    Arm("replace: bottleneck", rows_of("replace", kind="bottleneck")),
-    Arm("replace: smaller kernel", rows_of("replace", kind="smaller")),
-    Arm("low rank 50 %, SVD", rows_of("lowrank", rank=0.5, method="svd")),
-    Arm("low rank 50 %, SVD by outputs", rows_of("lowrank", rank=0.5, method="svd", data=True)),
-    Arm("low rank 50 %, spatial", rows_of("lowrank", rank=0.5, method="spatial")),
-    Arm("low rank 50 %, Tucker-2", rows_of("lowrank", rank=0.5, method="tucker")),
+    Arm(
+        "prune 50 %, gradual",
+        lambda sites: [*inner_prune(importance="l1")(sites), *all_of("prune", schedule="gradual")(sites)],
+        beside="none: torch-pruning leaves training between its steps to the caller",
+    ),
+    Arm("drop every second block", every_second("drop"), reference=by.without, beside="the blocks taken out by hand"),
+    Arm("merge every second block", every_second("merge"), beside="none: no library merges blocks"),
+    Arm("replace: separable", rows_of("replace", kind="separable"), beside=NO_LIBRARY),
+    Arm("replace: shuffle", rows_of("replace", kind="shuffle"), beside=NO_LIBRARY),
+    Arm("replace: bottleneck", rows_of("replace", kind="bottleneck"), beside=NO_LIBRARY),
+    Arm("replace: smaller kernel", rows_of("replace", kind="smaller"), beside=NO_LIBRARY),
+    Arm(
+        "low rank 50 %, SVD",
+        rows_of("lowrank", rank=0.5, method="svd"),
+        reference=by.thinned("svd"),
+        beside="numpy's SVD by hand",
+    ),
+    Arm(
+        "low rank 50 %, SVD by outputs",
+        rows_of("lowrank", rank=0.5, method="svd", data=True),
+        reference=by.thinned("svd", data=True),
+        beside="whitened SVD by hand (SVD-LLM)",
+    ),
+    Arm(
+        "low rank 50 %, spatial",
+        rows_of("lowrank", rank=0.5, method="spatial"),
+        reference=by.thinned("spatial"),
+        beside="numpy's SVD by hand",
+    ),
+    Arm(
+        "low rank 50 %, Tucker-2",
+        rows_of("lowrank", rank=0.5, method="tucker"),
+        reference=by.thinned("tucker"),
+        beside="tensorly, partial_tucker",
+    ),
     Arm(
         "int8, min-max, per channel",
         rows_of("quantize", bits="int8", calibration="minmax"),
         trained=False,
-        reference=lambda b: as_shipped(b.baseline.read_bytes(), b.task),
-        beside="onnxruntime as shipped",
+        reference=by.integers(),
+        beside="onnxruntime, min-max",
     ),
-    Arm("int8, min-max, per tensor", rows_of("quantize", bits="int8", granularity="tensor"), trained=False),
-    Arm("int8, entropy", rows_of("quantize", bits="int8", calibration="entropy"), trained=False),
-    Arm("int8, percentile", rows_of("quantize", bits="int8", calibration="percentile"), trained=False),
+    Arm(
+        "int8, min-max, per tensor",
+        rows_of("quantize", bits="int8", granularity="tensor"),
+        trained=False,
+        reference=by.integers(channel=False),
+        beside="onnxruntime, per tensor",
+    ),
+    Arm(
+        "int8, entropy",
+        rows_of("quantize", bits="int8", calibration="entropy"),
+        trained=False,
+        reference=by.integers("Entropy"),
+        beside="onnxruntime, entropy",
+    ),
+    Arm(
+        "int8, percentile",
+        rows_of("quantize", bits="int8", calibration="percentile"),
+        trained=False,
+        reference=by.integers("Percentile"),
+        beside="onnxruntime, percentile",
+    ),
     Arm(
         "int8, equalized",
-        lambda s: [*everywhere("quantize", s, bits="int8"), Rule(site=".", op="quantize", settings={"equalize": True})],
+        both(rows_of("quantize", bits="int8"), all_of("quantize", equalize=True)),
         trained=False,
+        beside="none here: see the MobileNet",
     ),
     Arm(
         "int8, biases corrected",
-        lambda s: [
-            *everywhere("quantize", s, bits="int8"),
-            Rule(site=".", op="quantize", settings={"correct_bias": True}),
-        ],
+        both(rows_of("quantize", bits="int8"), all_of("quantize", correct_bias=True)),
         trained=False,
+        reference=by.integers(model=by.corrected(channel=True)),
+        beside="by hand, then onnxruntime",
     ),
-    Arm("int8, dynamic (the linear layer)", rows_of("quantize", bits="int8-dynamic"), trained=False),
-    Arm("int4 weights (the linear layer)", rows_of("quantize", bits="int4"), trained=False),
+    Arm(
+        "int8, dynamic (the linear layer)",
+        rows_of("quantize", bits="int8-dynamic"),
+        trained=False,
+        reference=by.dynamic,
+        beside="onnxruntime, quantize_dynamic",
+    ),
+    Arm(
+        "int4 weights (the linear layer)",
+        rows_of("quantize", bits="int4"),
+        trained=False,
+        reference=by.four_bits,
+        beside="onnxruntime, MatMulNBitsQuantizer",
+    ),
+    Arm(
+        "float16",
+        rows_of("quantize", bits="float16"),
+        trained=False,
+        reference=by.half,
+        beside="onnxconverter-common",
+    ),
     Arm(
         "int8, quantization-aware training",
-        lambda s: [*everywhere("qat", s, bits="int8"), *everywhere("quantize", s, bits="int8")],
+        both(rows_of("qat", bits="int8"), rows_of("quantize", bits="int8")),
+        reference=by.simulated,
+        beside="torch.ao, eager, its own simulation",
     ),
-    Arm("sparsify 70 %, one shot", rows_of("sparsify", ratio=0.7), reference=masked, beside="torch.nn.utils.prune"),
-    Arm("sparsify 70 %, global", all_of("sparsify", ratio=0.7, scope="global")),
-    Arm("sparsify 70 %, gradual", rows_of("sparsify", ratio=0.7, schedule="gradual")),
-    Arm("sparsify 2:4", rows_of("sparsify", ratio=0.5, pattern="2:4")),
-    Arm("store: k-means codebook", all_of("store", codec="codebook"), trained=False),
-    Arm("store: powers of two", all_of("store", codec="pow2"), trained=False),
-    Arm("store: zstd", all_of("store", codec="zstd"), trained=False),
-    *(
-        Arm(
-            f"drop every second block, distilled by {kind}",
-            lambda s, kind=kind: [
-                *every_other_block(s),
-                Rule(site=".", op="distill", settings={"weight": 0.7, "temperature": 3.0, "kind": kind}),
-            ],
-        )
-        for kind in ("relation", "attention", "features")
+    Arm(
+        "sparsify 70 %, one shot",
+        rows_of("sparsify", ratio=0.7),
+        reference=by.masked(0.7),
+        beside="torch.nn.utils.prune, layer by layer",
+    ),
+    Arm(
+        "sparsify 70 %, global",
+        all_of("sparsify", ratio=0.7, scope="global"),
+        reference=by.masked(0.7, together=True),
+        beside="torch.nn.utils.prune, global",
+    ),
+    Arm(
+        "sparsify 70 %, gradual",
+        rows_of("sparsify", ratio=0.7, schedule="gradual"),
+        reference=by.ramped(0.7),
+        beside="cubic schedule by hand",
+    ),
+    Arm(
+        "sparsify 2:4",
+        rows_of("sparsify", ratio=0.5, pattern="2:4"),
+        reference=by.two_of_four,
+        beside="torch.ao.pruning, WeightNormSparsifier",
+    ),
+    Arm(
+        "sparsify 70 %, L1 penalty",
+        rows_of("sparsify", ratio=0.7, penalty="l1"),
+        reference=by.ramped(0.7, "l1"),
+        beside="L1 by hand",
+    ),
+    Arm(
+        "sparsify 70 %, group lasso",
+        rows_of("sparsify", ratio=0.7, penalty="group"),
+        reference=by.ramped(0.7, "group"),
+        beside="group lasso by hand",
+    ),
+    Arm(
+        "drop every second block, distilled by relation",
+        taught("relation"),
+        reference=by.hinted("relation", ()),
+        beside="RKD's formula by hand",
+    ),
+    Arm(
+        "drop every second block, distilled by attention",
+        taught("attention"),
+        reference=by.hinted("attention", STAGES),
+        beside="attention transfer's formula by hand",
+    ),
+    Arm(
+        "drop every second block, distilled by features",
+        taught("features"),
+        reference=by.hinted("features", STAGES),
+        beside="FitNets' hint by hand",
+    ),
+    Arm(
+        "store: k-means codebook",
+        all_of("store", codec="codebook"),
+        trained=False,
+        reference=by.clustered,
+        beside="scikit-learn, KMeans",
+    ),
+    Arm(
+        "store: powers of two",
+        all_of("store", codec="pow2"),
+        trained=False,
+        reference=by.powers,
+        beside="INQ's rounding by hand",
+    ),
+    Arm(
+        "store: zstd",
+        all_of("store", codec="zstd"),
+        trained=False,
+        reference=by.squeezed,
+        beside="zstandard on the whole file",
     ),
 )
 
 
-class Techniques(Bench):
-    """The bench, with what references need."""
-
-    def train(self, module: nn.Module) -> None:
-        """The recipe of every trained arm."""
-        policy = Policy(rules=(Rule(site=".", op="distill", settings={"weight": 0.7, "temperature": 3.0}),))
-        torch.manual_seed(SEED)
-        training(self.work, Shaped(module, ()), policy, SEED).run_to(1.0)
-
-    def float_file(self, module: nn.Module) -> bytes:
-        """The module as a float file."""
-        (done,) = release(self.work, module, Policy()).values()
-        return done.model
-
-    def finish(self, module: nn.Module) -> bytes:
-        """Train and export."""
-        self.train(module)
-        return self.float_file(module)
-
-    def technique(self, arm: Arm) -> dict[str, Any]:
-        """The row of an arm."""
-        rules = arm.rules(self.builder.sites())
-        if arm.trained and not any(rule.op == "distill" for rule in rules):
-            rules = [*rules, Rule(site=".", op="distill", settings={"weight": 0.7, "temperature": 3.0})]
-        policy = Policy(rules=tuple(rules))
-        done = self.apply(policy)
-        model = done.model
-        row = self.row(arm.name, model, 0.0) | {"trained": arm.trained, "beside": arm.beside}
-        row["stored_mb"] = len(storage(model, codecs_of(done.receipts))) / 1e6
-        if arm.reference is not None:
-            other = arm.reference(self)
-            mine, theirs = (self.task.right(export.predictor(one), "test").astype(float) for one in (model, other))
-            gap = (mine - theirs) * 100
-            error = float(gap.std(ddof=1) / np.sqrt(len(gap)))
-            row |= {
-                "reference_quality": float(theirs.mean()),
-                "gap": float(gap.mean()),
-                "gap_error": error,
-                "within": bool(gap.mean() >= -error),
-            }
-        return row
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = [
-        "| technique | points lost [95 %] | file | speed [95 %] | reference | ours against it, points |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        gap = f"{row['gap']:+.2f} ± {row['gap_error']:.2f}" if "gap" in row else ""
-        lines.append(
-            f"| {row['arm']}{', trained' if row['trained'] else ''} "
-            f"| {row['drop']:+.2f} [{row['drop_low']:+.2f}, {row['drop_high']:+.2f}] | {row['size_ratio']:.2f} "
-            f"| {row['speedup']:.2f}x [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}] | {row['beside']} | {gap} |"
-        )
-    return "\n".join(lines) + "\n"
+def lab(network: str, epochs: float, train: int, console: Console) -> tuple[Lab, tuple[Arm, ...]]:
+    """A network and what is done to it."""
+    if network == "text":
+        task = Sentences.sst2()
+        return Lab("BERT", encoder(task), epochs, task, console, ("float16", "bfloat16")), ENCODER_ARMS
+    if network == "mobile":
+        return Lab("MobileNet", mobilenet(), epochs, Cifar(train), console), MOBILE_ARMS
+    depth = int(network)
+    return Lab(f"ResNet-{depth}", resnet(depth), epochs, Cifar(train), console, ("float16", "bfloat16")), ARMS
 
 
 def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", type=int, default=20)
+    parser.add_argument("--network", default="20", choices=("20", "56", "text", "mobile"))
     parser.add_argument("--epochs", type=float, default=0.5)
     parser.add_argument("--train", type=int, default=50_000)
-    parser.add_argument("--arm", help="only arms whose name contains this")
+    parser.add_argument("--arm", help="only arms in whose name this regular expression is found")
     parser.add_argument("--part", help="I/N: the I-th of N parts, to run in several processes")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path)
+    parser.add_argument("--join", type=Path, nargs="+", help="run nothing: the table of these JSON files")
+    parser.add_argument("--skip", help="no arms in whose name this regular expression is found")
+    parser.add_argument("--go-on", action="store_true", help="a reference that fails is told, the next arm runs")
     asked = parser.parse_args()
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())
-    arms = [arm for arm in ARMS if asked.arm is None or asked.arm in arm.name]
-    if asked.part:
-        index, parts = map(int, asked.part.split("/"))
-        arms = arms[index::parts]
-    bench = Techniques(asked.network, asked.epochs, Cifar(asked.train), Console())
     rows: list[dict[str, Any]] = []
-    try:
-        for arm in arms:
-            rows.append(bench.technique(arm))
+    if asked.join:
+        found = {row["arm"]: row for file in asked.join for row in json.loads(file.read_text())["rows"]}
+        every = {"text": ENCODER_ARMS, "mobile": MOBILE_ARMS}.get(asked.network, ARMS)
+        rows = [found[arm.name] for arm in every if arm.name in found]
+    else:
+        bench, arms = lab(asked.network, asked.epochs, asked.train, Console())
+        arms = tuple(arm for arm in arms if asked.arm is None or re.search(asked.arm, arm.name))
+        arms = tuple(arm for arm in arms if asked.skip is None or not re.search(asked.skip, arm.name))
+        index, parts = map(int, asked.part.split("/")) if asked.part else (0, 1)
+
+        def keep(rows: list[dict[str, Any]]) -> None:  # row by row: a long run that is cut off has said what it found
             if asked.json:
-                asked.json.write_text(json.dumps({"rows": rows, "epochs": asked.epochs}, indent=1))
-    finally:
-        bench.close()
+                told = {"rows": rows, "epochs": asked.epochs, "train": asked.train}
+                asked.json.write_text(json.dumps(told, indent=1))
+
+        try:
+            for arm in arms[index::parts]:
+                row, policy, model = bench.ours(arm)
+                rows.append(row)
+                keep(rows)
+                if arm.reference is not None:
+                    try:
+                        row |= bench.beside(arm.reference, policy, model)
+                    except Exception:
+                        if not asked.go_on:
+                            raise
+                        row["failed"] = traceback.format_exc()
+                        print(row["failed"])
+                keep(rows)
+        finally:
+            bench.close()
     print(table(rows))
     if asked.table:
         asked.table.write_text(table(rows))

@@ -1,0 +1,137 @@
+"""A small MobileNet for CIFAR-10, trained here once: a network of depthwise layers, whose weights differ in size.
+
+Depthwise convolutions give every channel a scale of its own, which one step per tensor cannot hold (Nagel et al. 2019,
+"Data-Free Quantization", section 3): the network on which equalization and bias correction have something to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections import OrderedDict
+
+import references as by
+import torch
+from arms import Arm, all_of, both, rows_of
+from cifar import Cifar
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from autocompress.store import cache_dir
+from autocompress.train import Training
+
+WIDTHS = ((32, 2), (64, 1), (64, 1), (128, 2), (128, 1), (128, 1), (256, 2), (256, 1))
+"""Channels and stride of the blocks."""
+EPOCHS, RATE, SEED = 10, 0.08, 0
+
+
+class Separable(nn.Module):
+    """Depthwise 3x3 and 1x1, each with batch norm and ReLU (Howard et al. 2017, "MobileNets", figure 3)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False)
+        self.norm1, self.act1 = nn.BatchNorm2d(inputs), nn.ReLU()
+        self.pointwise = nn.Conv2d(inputs, outputs, 1, bias=False)
+        self.norm2, self.act2 = nn.BatchNorm2d(outputs), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, inputs, h, w) to (n, outputs, h / stride, w / stride)."""
+        x = self.act1(self.norm1(self.depthwise(x)))
+        return self.act2(self.norm2(self.pointwise(x)))
+
+
+class MobileNet(nn.Sequential):
+    """Input RGB / 255, ImageNet mean and deviation, (n, 3, 32, 32); 10 logits."""
+
+    def __init__(self) -> None:
+        parts: list[tuple[str, nn.Module]] = [
+            ("stem", nn.Conv2d(3, 32, 3, 1, 1, bias=False)),
+            ("norm", nn.BatchNorm2d(32)),
+            ("act", nn.ReLU()),
+        ]
+        width = 32
+        for place, (outputs, stride) in enumerate(WIDTHS):
+            parts.append((f"block{place}", Separable(width, outputs, stride)))
+            width = outputs
+        parts += [("pool", nn.AdaptiveAvgPool2d(1)), ("flat", nn.Flatten()), ("linear", nn.Linear(width, 10))]
+        super().__init__(OrderedDict(parts))
+
+
+def chain(module: nn.Module) -> list[str]:
+    """All layers in a row: each gives to the next through nothing but ReLU and pooling."""
+    return [name for name, _ in by.layers_of(module)]
+
+
+TENSOR = {"bits": "int8", "granularity": "tensor"}
+MOBILE_ARMS = (
+    Arm(
+        "int8, per channel",
+        rows_of("quantize", bits="int8"),
+        trained=False,
+        reference=by.integers(),
+        beside="onnxruntime, min-max",
+    ),
+    Arm(
+        "int8, per tensor",
+        rows_of("quantize", **TENSOR),
+        trained=False,
+        reference=by.integers(channel=False),
+        beside="onnxruntime, per tensor",
+    ),
+    Arm(
+        "int8, per tensor, equalized",
+        both(rows_of("quantize", **TENSOR), all_of("quantize", equalize=True)),
+        trained=False,
+        reference=by.integers(channel=False, model=by.equalized(chain)),
+        beside="equation 11 by hand, then onnxruntime",
+    ),
+    Arm(
+        "int8, per tensor, biases corrected",
+        both(rows_of("quantize", **TENSOR), all_of("quantize", correct_bias=True)),
+        trained=False,
+        reference=by.integers(channel=False, model=by.corrected(channel=False)),
+        beside="by hand, then onnxruntime",
+    ),
+    Arm(
+        "int8, per tensor, both",
+        both(rows_of("quantize", **TENSOR), all_of("quantize", equalize=True, correct_bias=True)),
+        trained=False,
+        beside="the two rows above have theirs",
+    ),
+    Arm(
+        "int8, per channel, equalized",
+        both(rows_of("quantize", bits="int8"), all_of("quantize", equalize=True)),
+        trained=False,
+        reference=by.integers(model=by.equalized(chain)),
+        beside="equation 11 by hand, then onnxruntime",
+    ),
+    Arm(
+        "int8, per channel, biases corrected",
+        both(rows_of("quantize", bits="int8"), all_of("quantize", correct_bias=True)),
+        trained=False,
+        reference=by.integers(model=by.corrected(channel=True)),
+        beside="by hand, then onnxruntime",
+    ),
+)
+
+
+def mobilenet() -> nn.Module:
+    """The trained network, from the cache folder where it was trained before."""
+    told = hashlib.sha256(repr((WIDTHS, EPOCHS, RATE, SEED)).encode()).hexdigest()[:12]
+    kept = cache_dir() / "benchmarks" / f"mobile-{told}.safetensors"
+    torch.manual_seed(SEED)
+    module = MobileNet()
+    if not kept.is_file():
+        training = Training(module, Cifar(), EPOCHS, SEED, lr=RATE)
+        for epoch in range(1, EPOCHS + 1):
+            done = training.run_to(epoch / EPOCHS)
+            sys.stderr.write(f"MobileNet: epoch {epoch} of {EPOCHS}, loss {done['loss']:.3f}\n")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: one.detach().contiguous() for name, one in module.state_dict().items()}, kept)
+    module.load_state_dict(load_file(kept))
+    return module.eval()
+
+
+if __name__ == "__main__":
+    mobilenet()
