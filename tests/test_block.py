@@ -309,3 +309,37 @@ def test_a_downsampling_branch_keeps_its_stride():
     x = torch.rand(2, 8, 9, 9)
     found = chain(block.eval(), lambda part: part(x), x)
     assert (found.stride, found.size, found.outputs, found.kernels) == (2, (5, 5), 16, (3, 5))
+
+
+class Writes(nn.Module):
+    """Its activations write into what they are given, as most published residual networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        found = self.conv2(F.relu(self.conv1(x), inplace=True))
+        found += x
+        return found
+
+
+@pytest.mark.parametrize("kind", ["drop", "merge"])
+def test_activations_that_write_into_their_input_still_train(kind):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(inplace=True), Writes(), nn.ReLU(inplace=True))
+    images = torch.randn(2, 1, 8, 8)
+    op = Block()
+    rules = [Rule(site="2", op="block", settings={"kind": kind})]
+
+    class Images:
+        name, metric, input = "images", "none", InputSpec(shape=(1, 8, 8))
+
+        def batches(self, split, size, *, limit=None, seed=None):
+            yield images, torch.zeros(2)
+
+    receipt = op.decide(module, rules, Images(), Profile(name="p"), {})
+    assert [entry.status for entry in receipt.entries] == ["done"], receipt
+    op.enact(module, receipt)
+    module.train()(images).sum().backward()
+    assert module[0].weight.grad is not None

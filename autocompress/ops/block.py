@@ -46,9 +46,17 @@ class Pass(nn.Module):
         self.key, self.form = key, form
 
     def forward(self, *args: Any, **named: Any) -> Any:
-        """The main input, whatever else is given."""
-        x = args[self.key] if isinstance(self.key, int) else named[self.key]
+        """The main input, whatever else is given; a copy, since what follows a block may write into its answer."""
+        x = (args[self.key] if isinstance(self.key, int) else named[self.key]).clone()
         return (x, *[None] * (self.form - 1)) if self.form else x
+
+
+class Same(nn.Module):
+    """What is left of a silenced layer: a copy, since a ReLU that stays behind it may write into what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input."""
+        return x.clone()
 
 
 class Block:
@@ -169,9 +177,7 @@ def changes(module: nn.Module, plan: Dropped | Merged) -> dict[str, nn.Module]:
     with torch.no_grad():
         for parameter in conv.parameters():
             parameter.zero_()
-    quiet: dict[str, nn.Module] = {
-        f"{plan.block}.{name}": nn.Identity().train(block.training) for name in plan.silenced
-    }
+    quiet: dict[str, nn.Module] = {f"{plan.block}.{name}": Same().train(block.training) for name in plan.silenced}
     return {**quiet, f"{plan.block}.{plan.layer}": conv}
 
 
