@@ -200,7 +200,10 @@ def _with_torchscript(
         return onnx.load_model_from_string(file.getvalue())
     with onnxfile.scratch(size) as folder:  # above 2 GB this exporter writes files only, every weight into its own
         write(str(folder / "model.onnx"))
-        return onnx.load_model(str(folder / "model.onnx"))
+        model = onnx.load_model(str(folder / "model.onnx"))
+    for tensor in model.graph.initializer:  # what was read says so, what never left does not
+        tensor.ClearField("data_location")
+    return model
 
 
 def _with_dynamo(

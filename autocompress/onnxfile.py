@@ -219,8 +219,9 @@ def _pack(model: onnx.ModelProto, heavy: Collection[str], file: IO[bytes], locat
             continue
         file.write(bytes(-file.tell() % PAGE))
         place = {"location": location, "offset": str(file.tell()), "length": str(file.write(tensor.raw_data))}
-        reference = light.graph.initializer.add(data_location=TensorProto.EXTERNAL)
-        _copy(tensor, reference, ("raw_data",))
+        reference = light.graph.initializer.add()
+        _copy(tensor, reference, ("raw_data", "data_location"))
+        reference.data_location = TensorProto.EXTERNAL
         for key, value in place.items():
             reference.external_data.add(key=key, value=value)
     return light.SerializeToString(deterministic=True)

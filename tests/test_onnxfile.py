@@ -132,6 +132,15 @@ def test_any_constants_come_back(kinds: list[tuple[str, list[int]]], limit: int)
         assert sum(len(one) for one in onnxfile.files("m", data).values()) <= len(data) + 1024
 
 
+def test_what_was_read_from_other_files_is_written(little: None, tmp_path: Path) -> None:
+    """Above 2 GB torch writes every weight into a file of its own; reading them leaves marks."""
+    model = onnxfile.read(compose(exported()))
+    onnx.save_model(model, tmp_path / "m.onnx", save_as_external_data=True, size_threshold=0, location="all")
+    found = onnx.load_model(tmp_path / "m.onnx")
+    assert any(one.HasField("data_location") for one in found.graph.initializer)
+    assert predictor(onnxfile.write(found))(images()).tobytes() == predictor(compose(exported()))(images()).tobytes()
+
+
 def test_one_line_for_a_disk_without_room(little: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = compose(exported())
     usage = namedtuple("usage", "total used free")

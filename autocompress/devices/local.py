@@ -22,6 +22,9 @@ from autocompress.types import Profile, TrialFailure, UserError
 BENCH = Path(__file__).with_name("bench.py")
 
 
+SLOW_DISK = 1e8  # bytes per second
+
+
 class Unloadable(TrialFailure):
     """The runtime refuses the file: the same file will be refused again, so the verdict may be kept."""
 
@@ -56,7 +59,8 @@ class LocalDevice:
         names = [str(model) for model in models]
         try:
             answer = child.ask(
-                {"models": names, "rounds": rounds, "seconds": seconds, "cores": list(cores)}, seconds + self.patience
+                {"models": names, "rounds": rounds, "seconds": seconds, "cores": list(cores)},
+                seconds + self.patience + sum(map(_size, models)) / SLOW_DISK,
             )
         except BaseException:  # a late answer, after Ctrl-C too, must not be taken for the next one's
             self.close()
@@ -82,6 +86,12 @@ class LocalDevice:
                 f"offers {', '.join(child.hello['providers'])}"
             )
         return child
+
+
+def _size(model: Path) -> int:
+    """Bytes of a file and of the weights beside it, 0 for what is not there: loading says so."""
+    paths = (model, model.with_name(f"{model.name}.data"))
+    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 class Child:
