@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import linecache
 import re
+import sys
 import threading
 import warnings
 from collections import defaultdict
@@ -30,6 +31,7 @@ from onnx import helper, version_converter
 from torch import nn
 from torch.jit._trace import TracerWarning
 from torch.onnx._internal.torchscript_exporter import utils
+from torch.overrides import TorchFunctionMode
 
 from autocompress import memory, onnxfile
 from autocompress.graph import (
@@ -411,19 +413,63 @@ def _by_rounding(
     return worst
 
 
+def decided(module: nn.Module, *inputs: torch.Tensor) -> str:
+    """Where the network's own code makes a Python value of its data, of which a file keeps one: file:line, or nothing.
+
+    Libraries' code is left out (they ask for shapes and flags), and so is what does not hang on the inputs.
+    """
+    asked = _Asked()
+    try:
+        with still(module), asked:
+            module(*inputs)
+    except Exception:  # noqa: BLE001  what does not run says so elsewhere
+        return ""
+    own = {(file, line) for file, line in asked.places if not _LIBRARIES.search(Path(file).as_posix())}
+    kinds = ("boolean", "number", "integer", "float", "list")
+    return next((_place(*one) for one in _made_python(module, inputs, kinds) if one in own), "") if own else ""
+
+
+_LIBRARIES = re.compile(r"/(site|dist)-packages/(torch|torchvision|timm|transformers|onnx\w*)/")
+
+
+class _Asked(TorchFunctionMode):
+    """Notes the lines at which tensors become Python's numbers and truth values; shapes, being none, do not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: set[tuple[str, int]] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist"):
+            frame = sys._getframe(1)
+            self.places.add((frame.f_code.co_filename, frame.f_lineno))
+        return func(*args, **(kwargs or {}))
+
+
 def _branch(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> str:
     """Where the module asks a computed tensor for a truth value: file:line and the line, or nothing."""
+    return next((_place(*one) for one in _made_python(module, inputs, ("boolean",))), "")
+
+
+def _made_python(module: nn.Module, inputs: tuple[torch.Tensor, ...], kinds: Sequence[str]) -> list[tuple[str, int]]:
+    """File and line where what hangs on the inputs becomes a Python value, as torch's tracer sees it."""
     try:
         with _LOCK, still(module), warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             torch.jit.trace(module, inputs, check_trace=False, strict=False)
     except Exception:  # noqa: BLE001  what cannot be traced keeps the reason that it has
-        return ""
-    for one in told:
-        if issubclass(one.category, TracerWarning) and "Python boolean" in str(one.message):
-            code = linecache.getline(one.filename, one.lineno).strip()
-            return f"{Path(one.filename).name}:{one.lineno}" + (f" ({code})" if code else "")
-    return ""
+        return []
+    return [
+        (one.filename, one.lineno)
+        for one in told
+        if issubclass(one.category, TracerWarning) and any(f"a Python {kind}" in str(one.message) for kind in kinds)
+    ]
+
+
+def _place(file: str, line: int) -> str:
+    code = linecache.getline(file, line).strip()
+    return f"{Path(file).name}:{line}" + (f" ({code})" if code else "")
 
 
 def _disagreement(found: NDArray[Any], expected: NDArray[Any]) -> float:

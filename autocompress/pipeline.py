@@ -57,6 +57,7 @@ NUMERIC_ORDER = ("quantize", "store")  # what is stored are the weights that com
 FINE_RATE, MASKED_RATE = 1 / 40, 1 / 8  # of the recipe's rate, for weights that are the parent's, and with some at zero
 PERSISTENCE = 1  # further tries at a noisy reading of a candidate that is fully trained
 BATCHNORM_BATCHES = 8
+FROZEN = 64  # calibration samples for which a file must be right that keeps one way of several
 FIRST_LOOK = 32  # calibration images for the latency-first file: ranges do not change its speed
 
 
@@ -340,6 +341,26 @@ def export_float(work: Work, module: nn.Module) -> exporting.Exported:
     inputs, _ = next(iter(work.task.batches("calibration", 16, limit=16)))
     exporting.parity(module, exporting.compose(exported), *(one.numpy() for one in several(inputs)))
     return exported
+
+
+def frozen(work: Work, model: bytes) -> str:
+    """What to tell of a parent whose own code decides by its data, if it does: its file keeps one way.
+
+    Raises TrialFailure, with file and line, where that is not the way of other samples: calibration's, and noise.
+    """
+    inputs, _ = next(iter(work.task.batches("calibration", 2, limit=2)))
+    place = exporting.decided(work.parent, *several(inputs))
+    if not place:
+        return ""
+    samples = [several(one) for one, _ in work.task.batches("calibration", 8, limit=FROZEN)]
+    samples += [tuple(part[:1] for part in one) for one in samples]  # some decide by the whole batch
+    if all(part.is_floating_point() for part in samples[0]):
+        generator = torch.Generator().manual_seed(0)
+        samples += [tuple(torch.randn(part.shape, generator=generator) for part in one) for one in samples[:2]]
+    for one in samples:
+        exporting.parity(work.parent, model, *(part.numpy() for part in one))
+    tried = sum(len(one[0]) for one in samples)
+    return f"the network decides by its data at {place}: its file keeps one way, which was right for {tried} samples"
 
 
 def release(

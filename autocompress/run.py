@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from autocompress import auto, live, pareto, ray_tune, reader, report, spacefile, summary
+from autocompress import auto, live, onnxfile, pareto, ray_tune, reader, report, spacefile, summary
 from autocompress.artifact import versions
 from autocompress.controller import Controller, Header, header, run_serial
 from autocompress.devices.cores import CorePlan, keep_to, plan_cores
@@ -36,7 +36,7 @@ from autocompress.parent import (
     measure_baseline,
 )
 from autocompress.parts import Parts, make_ops, make_searcher, parts
-from autocompress.pipeline import Checkpoint, Evaluator, Files, Measure, OpenGate, Work, load_weights
+from autocompress.pipeline import Checkpoint, Evaluator, Files, Measure, OpenGate, Work, frozen, load_weights
 from autocompress.pipeline import Gate as WorkGate
 from autocompress.probe import probe as try_choices
 from autocompress.store import Store, make_folder, write_atomic
@@ -325,6 +325,8 @@ class _Run:
             if exporter != EXPORTERS[0]:
                 self.live.note(f"{EXPORTERS[0]} cannot export this network: {exporter} does, in seconds per candidate")
             path = self.out / "baseline" / "model.onnx"
+            if told := frozen(work, onnxfile.load(path)):
+                self.live.note(told)
             station = functools.partial(Station, self.parts.profiles, plan, path, baseline_key=key)
             mine = station()
             try:

@@ -18,10 +18,10 @@ from autocompress.models.sources import torchvision
 from autocompress.models.trace import count, examples
 from autocompress.parent import load_parent, strangers, tied, train_parent
 from autocompress.parts import make_builder, make_space
-from autocompress.pipeline import load_weights, weights_of
+from autocompress.pipeline import Work, export_float, frozen, load_weights, weights_of
 from autocompress.tasks import InputSpec
 from autocompress.train import Training, reestimate_batchnorm
-from autocompress.types import TrialFailure, UserError
+from autocompress.types import Profile, TrialFailure, UserError
 
 IMAGE = InputSpec(shape=(3, 32, 32))
 FLAT = InputSpec(shape=(4,))
@@ -393,6 +393,49 @@ def test_a_branch_on_the_data_is_found_by_parity_and_named():
     with pytest.raises(TrialFailure, match=r"decides at test_foreign.py:\d+ \(if rows.mean\(\) > 0.3:\)") as error:
         export.parity(module, model, bright)
     assert "\n" not in str(error.value)
+
+
+class Guarded(nn.Module):
+    """Looks at its data and goes one way always; asks for shapes too."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, rows):
+        if rows.shape[-1] != 4:
+            raise ValueError("four, please")
+        if torch.isnan(rows).any():
+            raise ValueError("not a number")
+        return self.head(rows)
+
+
+class Lit:
+    """Rows of which a share is bright."""
+
+    name, metric, input = "rows", "accuracy", FLAT
+
+    def __init__(self, bright):
+        self.bright = bright
+
+    def batches(self, split, size, *, limit=None, seed=None):
+        rows = torch.rand(32, 4, generator=torch.Generator().manual_seed(0)) * 0.2
+        rows[20 : 20 + self.bright] += 1
+        for part in rows[:limit].split(size):
+            yield part, torch.zeros(len(part), dtype=torch.int64)
+
+
+@pytest.mark.parametrize(("make", "bright"), [(Branching, 0), (Guarded, 0), (Branching, 8), (Custom, 0)])
+def test_a_file_of_a_network_that_decides_by_its_data_is_tried_on_more_of_it(make, bright):
+    module = seeded(lambda: make(Straight) if make is Custom else make()).eval()
+    work = Work(Foreign("mine", make, FLAT), Lit(bright), {}, module, (Profile(name="any"),))
+    model = export.compose(export_float(work, module))
+    if bright:
+        with pytest.raises(TrialFailure, match=r"decides at test_foreign.py:\d+ \(if rows.mean\(\) > 0.3:\)"):
+            frozen(work, model)
+        return
+    told = {Branching: "if rows.mean() > 0.3:", Guarded: "if torch.isnan(rows).any():"}.get(make)
+    assert told in frozen(work, model) if told else frozen(work, model) == ""
 
 
 def test_a_function_with_a_gradient_of_its_own_is_written_as_what_it_computes():
