@@ -36,6 +36,21 @@ def test_a_network_passes_with_a_random_policy(zoo, network, tmp_path):
     json.dumps(row)
 
 
+def test_what_does_not_fit_into_memory_is_one_line(zoo, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(zoo.memory, "SMALL", 0)
+    monkeypatch.setattr(zoo.memory, "available", lambda: 1000)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    try:
+        zoo.child("hf:vit", 0)
+    finally:
+        torch.set_rng_state(state)
+        torch.set_num_threads(threads)
+    row = json.loads(capsys.readouterr().out)
+    assert not row["passed"]
+    assert row["reason"].startswith("hf:vit, 0.0 GB, with a candidate needs about 0.0 GB of memory, 0.0 GB are")
+    assert row["peak_mb"] > 0
+
+
 def test_figures_of_rows_of_every_kind(zoo):
     rows = [
         {"network": "a", "seed": 0, "passed": True, "reason": "", "changed": 0.5, "removed": 0.3, "parity": 1e-6},
