@@ -274,7 +274,7 @@ def _when(path: str, op: str, sites: tuple[Site, ...], genes: Mapping[str, Gene]
 def tie(asked: Mapping[str, Places], most: int) -> dict[str, Places]:
     """At most `most` genes, if it can be had: again and again the op with most genes goes a step up.
 
-    From layers to blocks, to stages and so on; a tied prune gene reaches into groups that begin elsewhere, so it waits.
+    From layers to blocks, to stages and so on; ratios differ most between neighbours, so prune genes wait.
     """
     tied = {op: dict(places) for op, places in asked.items()}
     turns = list(TIED)

@@ -204,7 +204,7 @@ def test_random_is_the_sites_own_and_repeatable():
     assert first != second
 
 
-@pytest.mark.parametrize(("ratio", "left"), [(16 / 96, [16, 32, 32]), (0.97, [4, 4, 4])])
+@pytest.mark.parametrize(("ratio", "left"), [(16 / 64, [16, 32]), (0.97, [4, 4])])
 def test_global_ranking_takes_where_least_is_lost_and_leaves_a_tenth(ratio, left):
     module = network()
     with torch.no_grad():
@@ -214,8 +214,9 @@ def test_global_ranking_takes_where_least_is_lost_and_leaves_a_tenth(ratio, left
     rule = Rule(site="stages.0", op="prune", settings={"ratio": ratio, "scope": "global"})
     receipt = Prune().decide(module, [rule], TASK, LEAVE)
     small = Prune().enact(module, receipt)
-    assert [conv.out_channels for conv in (block.conv1, module.stages[0][1].conv1, block.conv2)] == left
-    assert receipt.entries[0].achieved == {"ratio": (96 - sum(left)) / 96, "kept": sum(left), "of": 96}
+    assert [conv.out_channels for conv in (block.conv1, module.stages[0][1].conv1)] == left
+    assert block.conv2.out_channels == 32  # the stream begins before the stage
+    assert receipt.entries[0].achieved == {"ratio": (64 - sum(left)) / 64, "kept": sum(left), "of": 64}
     assert small(torch.rand(2, 1, 8, 8)).shape == (2, 10)
 
 
@@ -278,6 +279,39 @@ def test_a_later_member_speaks_for_the_group_where_no_earlier_one_does():
     receipt = Prune().decide(network(), rules(0.5, "stages.0.1.conv2"), TASK, LEAVE)
     small = Prune().enact(network(), receipt)
     assert small.stem.conv.out_channels == small.stages[0][0].conv2.out_channels == 16
+
+
+class Stream(nn.Module):
+    """Two blocks on a stream that begins at the stem."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+        self.stage = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)) for _ in range(2))
+        )
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.stage:
+            x = x + block(x)
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_modules_rule_cuts_what_begins_in_it():
+    cut = {}
+    for site in ("stage", "stage.0", "stem", "."):
+        (entry,) = Prune().decide(Stream(), rules(0.5, site), Colour(3, 8, 8), LEAVE).entries
+        cut[site] = {place for raw in entry.facts["cuts"] for place in raw["places"]}
+    made = {
+        site: {place.removesuffix(".weight:0") for place in found if "weight:0" in place} for site, found in cut.items()
+    }
+    assert made["stage"] == {"stage.0.0", "stage.1.0"}
+    assert made["stage.0"] == {"stage.0.0"}
+    assert made["stem"] == {"stem", "stage.0.1", "stage.1.1"}
+    assert cut["."] == cut["stage"] | cut["stem"]
+    (entry,) = Prune().decide(Stream(), rules(0.5, "stage.0.1"), Colour(3, 8, 8), LEAVE).entries
+    assert entry.status == "done"  # a layer speaks for its channels wherever they begin
 
 
 def test_channel_counts_are_multiples_where_that_leaves_any():

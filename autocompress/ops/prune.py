@@ -48,7 +48,8 @@ class Prune:
     """Coupled structured pruning. `ratio` is the share of channels to cut, `importance` what they are ranked by.
 
     `scope` group: the same ratio in every group of the rule's site; global: all of them are ranked together (scores
-    over each group's mean), and each keeps a tenth and one channel multiple of the profile at least.
+    over each group's mean), and each keeps a tenth and one channel multiple of the profile at least. A module's groups
+    are those that begin in it.
 
     `schedule` oneshot cuts before training; gradual lets channels go over its first part, chosen anew by the weights so
     far, as many of each group as oneshot would cut (automated gradual pruning, Zhu and Gupta 2018). At site "." it
@@ -230,9 +231,16 @@ class _Verdict:
             self.reasons.append("no convolution or linear layer is there")
         for layer in layers:
             try:
-                self.groups += [group for group in coupling.at(layer) if group not in self.groups]
+                found = coupling.at(layer)
             except Unprunable as refusal:
                 self.reasons.append(str(refusal))
+                continue
+            for group in found:
+                # a module's rule is about what begins in it: a residual stream that passes through has its own site
+                if rule.site in (".", layer) or group.root.startswith(f"{rule.site}."):
+                    self.groups += [group] if group not in self.groups else []
+                else:
+                    self.reasons.append(f"its channels begin at {group.root}, outside {rule.site}")
 
     def choose(self, module: nn.Module, multiple: int) -> None:
         """Rank units and keep the best."""
