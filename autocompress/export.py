@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import copy
 import linecache
+import logging
 import re
 import sys
 import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -214,9 +215,15 @@ def _with_dynamo(
     outputs = _output_names(module, example)
     names: dict[str, Any] = {"input_names": inputs, "output_names": outputs}
     names["dynamic_shapes"] = tuple({0: "batch"} for _ in example)
-    program = torch.onnx.export(
-        module, example, dynamo=True, opset_version=max(opset, DYNAMO_OPSET), verbose=False, **names
-    )
+    told = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with redirect_stderr(StringIO()):  # of a network that it cannot take, torch prints every operation
+            program = torch.onnx.export(
+                module, example, dynamo=True, opset_version=max(opset, DYNAMO_OPSET), verbose=False, **names
+            )
+    finally:
+        logging.disable(told)
     if program is None:
         raise TrialFailure("export (dynamo) gave no program")
     return program.model_proto
@@ -233,7 +240,11 @@ def _convert(model: onnx.ModelProto, written: int, opset: int) -> onnx.ModelProt
     try:
         large = onnxfile.weight_bytes(model) > onnxfile.LIMIT
         converted = version_converter.convert_version(lightened(model) if large else model, opset)
-        onnx.checker.check_model(converted)  # the converter leaves attributes behind that the older opset lacks
+        for node in converted.graph.node:  # the converter leaves an attribute behind that older reductions lack
+            noop = next((one for one in node.attribute if one.name == "noop_with_empty_axes"), None)
+            if noop is not None and not noop.i and opset < DYNAMO_OPSET:
+                node.attribute.remove(noop)
+        onnx.checker.check_model(converted)  # and others, which no older form says
         if large:
             weighted(converted, model)
         return converted
