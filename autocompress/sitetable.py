@@ -36,6 +36,7 @@ CODES = {
 }
 """One letter per op in the table."""
 WIDE = 104  # columns from which all is shown
+ALONE, MATTERS = 3, 0.01  # layers left alone that are named, and the share of parameters from which they are
 GAP, LEAST = 2, 12  # columns between columns, and at least for names
 
 
@@ -59,6 +60,7 @@ class Figures:
     macs: int  # by torch's FlopCounterMode
     thop: int
     times: Times | None = None
+    alone: tuple[tuple[str, str, int], ...] = ()  # layers that no op acts on: name, type, parameters
 
     def share(self, line: Line) -> float | None:
         """Of the measured latency."""
@@ -85,7 +87,18 @@ def figures(builder: Builder, spec: InputSpec, profile: Profile | None = None, *
         ms = sum(ms for name, ms in times.sites.items() if f"{name}.".startswith(inside)) if times else None
         lines.append(Line(site, *seen.get(site.name, ((), ())), thop=layers.get(site.name), ms=ms))
     macs, parameters = count(module, examples(spec))
-    return Figures(tuple(lines), parameters, macs, thop_macs, times)
+    alone = tuple(one for one in _alone(module, [site.name for site in sites]) if one[2] >= MATTERS * parameters)
+    return Figures(tuple(lines), parameters, macs, thop_macs, times, alone)
+
+
+def _alone(module: nn.Module, sites: Sequence[str]) -> tuple[tuple[str, str, int], ...]:
+    """Name, type and parameters of what has weights of two axes or more and is no site, largest first."""
+    found: list[tuple[str, str, int]] = []
+    for name, part in module.named_modules():
+        own = list(part.parameters(recurse=False))
+        if any(one.ndim > 1 for one in own) and (name or ".") not in sites:
+            found.append((name or ".", type(part).__name__, sum(one.numel() for one in own)))
+    return tuple(sorted(found, key=lambda one: -one[2]))
 
 
 def _exported(module: nn.Module, spec: InputSpec, opset: int) -> export.Exported:
@@ -194,6 +207,10 @@ def _below(found: Figures, shared: Sequence[str], space: Space | None) -> list[R
     if found.times is not None:
         rest = found.times.rest / found.times.total
         said.append(f"{found.times.total:.3g} ms a run here, {100 * rest:.0f} % of it outside these layers")
+    if found.alone:
+        named = [f"{name} ({kind}, {short(number)} parameters)" for name, kind, number in found.alone[:ALONE]]
+        more = f" and {len(found.alone) - ALONE} more" if len(found.alone) > ALONE else ""
+        said.append(f"left alone, no op acts on its kind: {', '.join(named)}{more}")
     some = [op for op in CODES if op not in shared and any(op in line.site.ops for line in found.lines)]
     if some:
         said.append("ops: " + ", ".join(f"{CODES[op]} {op}" for op in some))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -11,6 +12,7 @@ from autocompress import auto, export, parts
 from autocompress.models.foreign import Foreign
 from autocompress.parent import export_baseline
 from autocompress.pipeline import Work, load_weights, release, rerelease, reshape, shape, training, weights_of
+from autocompress.sitetable import figures, show
 from autocompress.tasks import InputSpec, several
 from autocompress.train import reestimate_batchnorm
 from autocompress.types import Candidate, Interval, Policy, Profile, Quality, Rule
@@ -393,6 +395,15 @@ def test_a_strangers_network_is_cut_written_and_made_again(kind):
     assert after < before
     again = load_weights(reshape(builder, OPS, {}, shaped.receipts), weights_of(shaped.module))
     assert rerelease(work, again, file.receipts).model == file.model
+
+
+def test_what_no_op_acts_on_is_named():
+    found = figures(Foreign.of(Recurrent(nn.LSTM), TOKENS), TOKENS)
+    assert [(name, kind) for name, kind, _ in found.alone] == [("rnn", "LSTM"), ("embed", "Embedding")]
+    with (console := Console(width=200)).capture() as shown:
+        console.print(show(found, 200, "mine"))
+    assert "left alone, no op acts on its kind: rnn (LSTM, 9.60k parameters), embed (Embedding, 1.20k" in shown.get()
+    assert figures(Foreign.of(resnet(), IMAGE), IMAGE).alone == ()
 
 
 def test_what_one_exporter_cannot_write_the_other_does(tmp_path):
