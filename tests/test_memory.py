@@ -10,8 +10,12 @@ from torch import nn
 
 from autocompress import memory
 from autocompress.export import export
+from autocompress.parent import make_parent
+from autocompress.parts import parts
+from autocompress.pipeline import Work, shape
 from autocompress.tasks.digits import Digits
-from autocompress.types import TrialFailure, UserError
+from autocompress.types import Candidate, Policy, TrialFailure, UserError
+from tests import small_search
 
 GROUP = "sys/fs/cgroup"
 
@@ -71,6 +75,20 @@ def test_an_export_that_does_not_fit_is_not_begun(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(memory, "available", lambda: 1000)
     with pytest.raises(TrialFailure, match=r"exporting a network of 0.0 GB needs about"):
         export(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), Digits.input, opset=17)
+
+
+def test_neither_a_parent_nor_a_candidate_is_begun_that_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = parts(small_search.job(tmp_path), builder=small_search.builder(), space=small_search.space(tmp_path))
+    parent = made.builder.build({})
+    work = Work(builder=made.builder, task=made.task, ops={}, parent=parent, profiles=made.profiles)
+    monkeypatch.setattr(memory, "SMALL", 0)
+    monkeypatch.setattr(memory, "available", lambda: 1000)
+    with pytest.raises(TrialFailure, match=r"a candidate of 0.0 GB needs about 0.0 GB of memory"):
+        shape(work, Candidate(arch={}, policy=Policy()))
+    with pytest.raises(UserError, match=r"model convnet, 0.0 GB, with a candidate needs about"):
+        make_parent(made, tmp_path, lambda _: None)
 
 
 def test_shared_weights_count_once() -> None:

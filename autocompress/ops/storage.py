@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from autocompress import memory
 from autocompress.onnxfile import read, write
 from autocompress.types import UserError
 
@@ -24,14 +25,17 @@ FORMAT = "autocompress.store/1"
 LEVEL = 6
 """Of zstd: higher ones save next to nothing on weights and take twenty times as long."""
 MOST_ENTRIES = 256
+COPIES = 4
+"""Times a file that storing it takes beside it: its graph, what is written, and the file made again to compare."""
 
 
 def storage(model: bytes, codecs: Mapping[str, Codec]) -> bytes:
     """The file in less space. `codecs` says how which constant is written; "" stands for everything else, zstd only.
 
     A constant for which a codec saves nothing stays as it is. Raises UserError for a constant that is not in the file,
-    one of more values than a table holds, or without zstandard where it is asked for.
+    one of more values than a table holds, where memory is too short, or without zstandard where it is asked for.
     """
+    memory.check(COPIES * len(model), f"storing a file of {len(model) / 1e9:.1f} GB in less space", UserError)
     proto = read(model)
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     unknown = sorted(set(codecs) - set(constants) - {""})
@@ -50,6 +54,7 @@ def storage(model: bytes, codecs: Mapping[str, Codec]) -> bytes:
             sections += parts
             tensor.raw_data = b""
     rest = write(proto)
+    del proto, constants
     whole = _zstd().compress(rest) if "" in codecs else zlib.compress(rest, 9)
     kind = "zstd" if "" in codecs else "zlib"
     if len(whole) >= len(rest):
@@ -61,6 +66,7 @@ def storage(model: bytes, codecs: Mapping[str, Codec]) -> bytes:
         "constants": rows,
     }
     done = b"".join((json.dumps(header, separators=(",", ":")).encode(), b"\n", whole, *sections))
+    del rest, whole, sections
     if restore(done) != model:
         raise UserError("store: the file was not written by this version of onnx, its bytes cannot be rebuilt")
     return done
@@ -69,20 +75,21 @@ def storage(model: bytes, codecs: Mapping[str, Codec]) -> bytes:
 def restore(data: bytes) -> bytes:
     """The ONNX file, bit for bit. Raises UserError if `data` is no such file or is damaged."""
     try:
-        line, _, body = data.partition(b"\n")
-        header = json.loads(line)
+        end = data.index(b"\n")
+        header, body = json.loads(data[:end]), memoryview(data)[end + 1 :]
         if header["format"] != FORMAT:
             raise UserError(f"store: format {header['format']!r} is not {FORMAT!r}")
         place = header["rest"]["section"]
         rest = body[:place]
         if header["rest"]["codec"] != "raw":
             rest = _zstd().decompress(rest) if header["rest"]["codec"] == "zstd" else zlib.decompress(rest)
-        proto = read(rest)
+        proto = read(bytes(rest))
+        del rest
         constants = {tensor.name: tensor for tensor in proto.graph.initializer}
         for row in header["constants"]:
             parts: list[bytes] = []
             for size in row["sections"]:
-                parts.append(body[place : place + size])
+                parts.append(bytes(body[place : place + size]))
                 place += size
             tensor = constants[row["name"]]
             found = _DECODE[row["codec"]](parts, row["bytes"], _width(tensor))
