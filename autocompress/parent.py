@@ -152,20 +152,19 @@ def train_parent(module: nn.Module, task: Task, epochs: float, seed: int) -> nn.
 
 
 @contextmanager
-def strangers(name: str) -> Iterator[None]:
-    """What a network that is none of ours raises while it is trained becomes a UserError that names the place."""
+def strangers(name: str, what: str = "cannot be trained", kind: registry.Kind = "builder") -> Iterator[None]:
+    """What a network or task that is none of ours raises meanwhile becomes a UserError that names the place."""
     try:
         yield
     except (UserError, TrialFailure):
         raise
     except Exception as error:
-        if name in registry.BUILT_IN["builder"]:
+        if name in registry.BUILT_IN[kind]:
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(last.filename).name}:{last.lineno}"
-        raise UserError(
-            f"model {name}: cannot be trained: {type(error).__name__} at {place}: {_line(error)}"
-        ) from error
+        subject = "model" if kind == "builder" else kind
+        raise UserError(f"{subject} {name}: {what}: {type(error).__name__} at {place}: {_line(error)}") from error
 
 
 def run_through(training: Training, most: int) -> int:
@@ -239,7 +238,8 @@ def measure_baseline(parts: Parts, work: Work, station: Station, folder: Path, k
     """Quality on the selection split and a reading on every device (against itself)."""
     path = folder / MODEL
     model = onnxfile.load(path)
-    quality = work.task.quality(export.predictor(model), "selection")
+    with strangers(parts.job.task, "its quality cannot be measured", "task"):
+        quality = work.task.quality(export.predictor(model), "selection")
     readings: dict[str, Reading] = {}
     prints = {}
     for profile in parts.profiles:

@@ -98,7 +98,11 @@ def resolve(kind: Kind, name: str, *, trusted: bool = True) -> Any:
         return _from_source(source, name)
     if ":" in name:
         if not trusted:
-            raise UserError(f"{kind} {name!r}: a policy or artifact cannot name code to import; nothing was executed")
+            package = name.partition(":")[0].partition(".")[0]
+            raise UserError(
+                f"{kind} {name!r}: a policy or artifact cannot name code to import, and nothing was executed; "
+                f"if it is yours: --trust {package}, in Python trust={package!r} or the object itself"
+            )
         return _foreign(kind, name, name)
     raise UserError(f"unknown {kind} {name!r}; {suggest(name, names(kind))}" + (" (or module:attr)" if trusted else ""))
 

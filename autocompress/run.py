@@ -34,6 +34,7 @@ from autocompress.parent import (
     export_baseline,
     make_parent,
     measure_baseline,
+    strangers,
 )
 from autocompress.parts import Parts, make_ops, make_searcher, parts
 from autocompress.pipeline import Checkpoint, Evaluator, Files, Measure, OpenGate, Work, frozen, load_weights
@@ -361,7 +362,7 @@ class _Run:
         if journal is None:
             self.live.stage("measuring the baseline")
             baseline = measure_baseline(self.parts, work, station, self.out / "baseline", key)
-            with one_thread():  # as the workers train
+            with strangers(self.parts.builder.name), one_thread():  # as the workers train
                 faster = bf16_faster(work.parent, work.task)
             baseline = replace(baseline, facts=baseline.facts.model_copy(update={"bf16": faster}))
             if self.derived:

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from autocompress import auto, export, parts
+from autocompress import auto, export, parts, search
 from autocompress.models.foreign import Foreign
 from autocompress.parent import export_baseline
 from autocompress.pipeline import Work, load_weights, release, rerelease, reshape, shape, training, weights_of
 from autocompress.sitetable import figures, show
 from autocompress.tasks import InputSpec, several
 from autocompress.train import reestimate_batchnorm
-from autocompress.types import Candidate, Interval, Policy, Profile, Quality, Rule
+from autocompress.types import Candidate, Interval, Policy, Profile, Quality, Rule, UserError
 
 WORDS = 50
 IMAGE = InputSpec(shape=(3, 16, 16))
@@ -415,3 +415,26 @@ def test_what_one_exporter_cannot_write_the_other_does(tmp_path):
     assert (exporter, bool(key)) == ("dynamo", True)
     rows = np.random.default_rng(0).standard_normal((5, 6, 12)).astype(np.float32)
     assert export.parity(module, (tmp_path / "model.onnx").read_bytes(), rows) < 1e-5
+
+
+@pytest.mark.parametrize("missing", ["loss", "quality"])
+def test_a_task_that_fails_is_one_line_with_its_place(missing, tmp_path):
+    class Mine(Noise):
+        pass
+
+    def fails(*_):
+        raise KeyError("mine")
+
+    setattr(Mine, missing, fails)
+    told = {"loss": r"^model \S+: cannot be trained: ", "quality": r"^task \S+: its quality cannot be measured: "}
+    with pytest.raises(UserError, match=told[missing] + r"KeyError at test_strangers\.py:\d+: 'mine'$"):
+        search(
+            plain(),
+            Mine(IMAGE),
+            devices=[{"profile": "local-1t", "speedup": 0.5}],
+            quality={"metric": "none", "max_drop": 1.0},
+            epochs=0.1 if missing == "loss" else 0,
+            out=tmp_path,
+            serial=True,
+            console=Console(quiet=True),
+        )
