@@ -95,6 +95,7 @@ NAMES = [
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("layer", "shape"), KINDS_OF_LAYER, ids=NAMES)
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel:UserWarning")  # torch says it once
 def test_the_chain_computes_the_layer_that_its_weights_multiply_to(layer, shape, method):
     module, task, x = nn.Sequential(layer), Fed(*shape), torch.randn(2, *shape)
     tensors = {}

@@ -12,7 +12,7 @@ import pytest
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "evaluate.py"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kilobytes on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="another system counts memory otherwise")
 @pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
 def test_a_trials_peak_stays_under_its_bound(tmp_path):
     """Pruning, low rank by data, distillation, int8; above what Python and the libraries take before."""

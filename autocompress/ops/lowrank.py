@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autocompress.models.calls import idle
 from autocompress.models.trace import examples, still
 from autocompress.ops import Phase, whiten
 from autocompress.ops.chain import Layer, Method, Split, cost, difference, fill, full_ranks, put, strides, thin
@@ -249,7 +250,12 @@ def attempt(module: nn.Module, splits: Sequence[Split], inputs: tuple[Tensor, ..
             chain.register_forward_hook(lambda *_, name=split.layer: called.add(name))
             put(module, split.layer, chain)
         with still(module):
-            module(*inputs)
+            try:
+                with idle(module):
+                    module(*inputs)
+            except Exception:  # noqa: BLE001  a stranger's network may need true values
+                called.clear()
+                module(*inputs)
     except Exception as error:  # noqa: BLE001  a stranger's forward may raise anything
         return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     finally:
