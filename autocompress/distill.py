@@ -49,6 +49,10 @@ class Distill:
     phase: Phase = "train"
     params: dict[str, Any] = {name: field.default for name, field in Distillation.model_fields.items()}
 
+    def check(self, rule: Rule) -> None:
+        """Raise UserError for settings that are unknown or out of range; reads nothing but the rule."""
+        Distillation.of(rule.settings)
+
     def decide(
         self,
         subject: Any,  # noqa: ARG002  (the protocol's arguments; settings alone decide here)

@@ -23,7 +23,7 @@ that this space leaves out stands at the parent's choice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -32,7 +32,7 @@ from pydantic import Field
 
 from autocompress import reader, registry, shelves
 from autocompress.shelves import suggest
-from autocompress.types import Budget, Choice, Gene, Job, Profile, Record, Site, Space, UserError
+from autocompress.types import Budget, Choice, Gene, Job, Profile, Record, Rule, Site, Space, UserError
 
 if TYPE_CHECKING:
     from autocompress.models import Builder
@@ -183,8 +183,8 @@ def space(name_or_path: str | Path, builder: Builder) -> Space:
     """A search space for `builder`'s network: one gene per arch knob, then one per (row, site), in the file's order.
 
     Conditions of rows and of sites meet in `Gene.when`; a gene whose condition can never hold is left out. Raises
-    UserError, one line per problem: unknown knobs, ops and parameters, globs that match nothing, first choices that
-    are not the parent's.
+    UserError, one line per problem: unknown knobs, ops and parameters, choices that an op does not take, globs that
+    match nothing, first choices that are not the parent's.
     """
     file, path, lines = _space_file(name_or_path)
     if file.builder != builder.name:
@@ -262,8 +262,7 @@ class _Draft:
 
     def add_row(self, row: Row) -> None:
         op: Op = registry.make("op", row.op)
-        if row.param not in op.params:
-            raise UserError(f"op {row.op!r} has no parameter {row.param!r}; {suggest(row.param, list(op.params))}")
+        check_choices(op, row.op, row.param, row.choices, row.sites[0])
         _distinct(row.choices)
         modifier = any(key in op.params for key in row.when)  # decided only where a parameter beside it acts
         if not modifier and not _same(row.choices[0], op.params[row.param]):
@@ -351,6 +350,30 @@ class _Draft:
         near = [gene.name for gene in self.genes.values()]
         near += [gene.param for gene in self.genes.values() if gene.op == op and site and gene.site == site.name]
         raise UserError(f"when: {key!r} is no knob of an earlier row; {suggest(key, near)}")
+
+
+def check_choices(op: Op, name: str, param: str, choices: Iterable[Choice], site: str) -> None:
+    """Raise UserError for a parameter that an op does not have, and for the first choice that it does not take."""
+    if param not in op.params:
+        raise UserError(f"op {name!r} has no parameter {param!r}; {suggest(param, list(op.params))}")
+    check: Callable[[Rule], None] | None = getattr(op, "check", None)
+    if check is None:
+        return
+    for choice in choices:
+        check(Rule(site=site, op=name, settings={param: choice}))
+
+
+def check_space(made: Space) -> None:
+    """Raise UserError, one line per gene, for ops, parameters and choices of a space that cannot be asked for."""
+    problems: list[str] = []
+    for gene in made.genes:
+        if gene.kind == "policy":
+            try:
+                check_choices(registry.make("op", gene.op), gene.op, gene.param, gene.choices, gene.site)
+            except UserError as error:
+                problems.append(f"space {made.name!r}, gene {gene.name!r}: {error}")
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def holder(path: str, sites: Iterable[Site], op: str) -> Site | None:

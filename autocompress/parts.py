@@ -19,7 +19,7 @@ from autocompress.ops import Op
 from autocompress.searchers import Searcher
 from autocompress.shelves import suggest
 from autocompress.tasks import InputSpec, Task
-from autocompress.types import Budget, Goal, Job, Profile, SearchPlan, Space, UserError
+from autocompress.types import Budget, Facts, Goal, Job, Limit, Profile, SearchPlan, Space, UserError
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ def parts(
 ) -> Parts:
     """Resolve a job; objects given take the place of its names.
 
-    Raises UserError for unknown names, plug-ins that are none, options the searcher does not take, a space of another
-    builder, a metric the task does not have, a profile that this host does not fit.
+    Raises UserError for unknown names, plug-ins that are none, options the searcher does not take, choices that an op
+    does not take, packages that are not installed, a space of another builder, a metric the task does not have, a
+    profile that this host does not fit.
     """
     data = make_task(job.task, job.data) if task is None else registry.genuine("task", job.task, task)
     network = make_builder(job.model.builder, data.input, job.model.options, given=builder)
@@ -55,13 +56,21 @@ def parts(
         raise UserError(f"quality.metric: task {data.name!r} measures {data.metric!r}, not {job.quality.metric!r}")
     profiles, budgets = load.targets(job.devices)
     genes = space or make_space(job.space, network, profiles)
+    if space is not None:
+        load.check_space(space)
     resolved = tuple(resolve_local(profile) for profile in profiles)
     for profile in resolved:
         if not callable(registry.resolve("device", profile.device)):
             raise UserError(f"device {profile.device!r} is no device: it cannot be called with a profile")
         if profile.device == "local":
             check_expects(profile, host())
-    return Parts(job, data, network, genes, resolved, budgets, pareto.goals(budgets))
+    made = Parts(job, data, network, genes, resolved, budgets, pareto.goals(budgets))
+    if job.search.searcher in registry.BUILT_IN["searcher"]:
+        # options and packages that it lacks are said now, not when the parent is trained and measured
+        facts = Facts(sites=tuple(network.sites()))
+        limit = Limit(metric=data.metric, floor=0.0)
+        make_searcher(Header(space=genes, goals=made.goals, limit=limit, plan=job.search, facts=facts))
+    return made
 
 
 def make_task(name: str, data: Mapping[str, Any], *, trusted: bool = True) -> Task:

@@ -23,7 +23,11 @@ Phase = Literal["structure", "train", "numeric"]
 
 @runtime_checkable
 class Op(Protocol):
-    """One technique. `params` maps each setting to the value that leaves the network alone."""
+    """One technique. `params` maps each setting to the value that leaves the network alone.
+
+    One may have `check(rule)`, which raises UserError for settings out of range: a space is then refused when it is
+    read, before anything runs.
+    """
 
     name: str
     phase: Phase

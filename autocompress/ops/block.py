@@ -68,6 +68,10 @@ class Block:
     def __init__(self) -> None:
         self.params: dict[str, Any] = {"kind": "keep"}
 
+    def check(self, rule: Rule) -> None:
+        """Raise UserError for settings that are unknown or out of range; reads nothing but the rule."""
+        kind_of(rule)
+
     def decide(
         self,
         subject: nn.Module,

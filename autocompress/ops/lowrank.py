@@ -48,6 +48,10 @@ class LowRank:
     def __init__(self) -> None:
         self.params: dict[str, Any] = {"rank": 1.0, "method": "svd", "data": False}
 
+    def check(self, rule: Rule) -> None:
+        """Raise UserError for settings that are unknown or out of range; reads nothing but the rule."""
+        wish(rule)
+
     def decide(
         self,
         subject: nn.Module,

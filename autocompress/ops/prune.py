@@ -80,6 +80,10 @@ class Prune:
         ]
         return held, []
 
+    def check(self, rule: Rule) -> None:
+        """Raise UserError for settings that are unknown or out of range; reads nothing but the rule."""
+        wish(rule)
+
     def decide(
         self,
         subject: nn.Module,

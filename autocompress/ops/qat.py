@@ -62,6 +62,10 @@ class Qat:
                 skipped.append(Entry(site=rule.site, status="skipped", why=why, asked=rule.settings))
         return narrowed, skipped
 
+    def check(self, rule: Rule) -> None:
+        """Raise UserError for settings that are unknown or out of range; reads nothing but the rule."""
+        _bits(rule)
+
     def decide(
         self,
         subject: nn.Module,

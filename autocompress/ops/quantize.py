@@ -69,6 +69,10 @@ class Quantize:
     network_params = ("equalize", "correct_bias")
     """Settings of the whole network, at site "."."""
 
+    def check(self, rule: Rule) -> None:
+        """Raise UserError for settings that are unknown or out of range; reads nothing but the rule."""
+        _checked([rule])
+
     def decide(
         self,
         subject: Exported,

@@ -75,6 +75,10 @@ class Sparsify:
     def __init__(self) -> None:
         self.params: dict[str, Any] = {"ratio": 0.0, **{name: choices[0] for name, choices in CHOICES.items()}}
 
+    def check(self, rule: Rule) -> None:
+        """Raise UserError for settings that are unknown or out of range; reads nothing but the rule."""
+        _plan(rule)
+
     def decide(
         self,
         subject: nn.Module,
@@ -195,7 +199,7 @@ def _plan(rule: Rule) -> Plan:
     for name, choices in CHOICES.items():
         if (value := rule.settings.get(name, choices[0])) not in choices:
             raise UserError(f"sparsify at site {rule.site}: {name} = {value!r}; choose one of {', '.join(choices)}")
-    plan = Plan.model_validate(rule.settings)
+    plan = Plan.model_validate({"ratio": ratio, **rule.settings})
     cell = PATTERNS[plan.pattern]
     return plan.model_copy(update={"ratio": 1 - cell[0] / cell[1]}) if cell and plan.ratio > 0 else plan
 

@@ -188,9 +188,14 @@ class _Zstd:
         self.decompress = library.ZstdDecompressor().decompress
 
 
-def _zstd() -> _Zstd:
+def need_zstd() -> Any:
+    """The library. Raises UserError with the pip line where it is not installed."""
     try:
         import zstandard  # noqa: PLC0415  an extra
     except ModuleNotFoundError as error:
         raise UserError("store: zstd needs one more package: pip install 'autocompress[storage]'") from error
-    return _Zstd(zstandard)
+    return zstandard
+
+
+def _zstd() -> _Zstd:
+    return _Zstd(need_zstd())

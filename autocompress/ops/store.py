@@ -17,7 +17,7 @@ from onnx import helper
 
 from autocompress.onnxfile import save, write
 from autocompress.ops import Phase
-from autocompress.ops.storage import Codec, restore, storage
+from autocompress.ops.storage import Codec, need_zstd, restore, storage
 from autocompress.ops.wiring import WEIGHTED, Wiring, constant
 from autocompress.tasks import Task
 from autocompress.types import Choice, Entry, Profile, Receipt, Rule, UserError
@@ -48,6 +48,11 @@ class Store:
     params: dict[str, Any] = {"codec": "none", "entries": 16}
     network_params = ("codec", "entries")
     """May be asked of the whole network, at site "."."""
+
+    def check(self, rule: Rule) -> None:
+        """Raise UserError for settings that are unknown or out of range; reads nothing but the rule."""
+        if _checked(rule).settings.get("codec") == "zstd":
+            need_zstd()
 
     def decide(
         self,
