@@ -182,9 +182,6 @@ class Shaped:
             train_op(work, receipt).settle(module, receipt).model_copy(update={"op": receipt.op})
             for receipt in reversed(self.instruments)  # the last one in is the first one out
         )
-        if any(entry.facts.get("early") for receipt in learned for entry in receipt.entries):
-            # channels went that training had not silenced yet: the layers behind them see other values
-            reestimate_batchnorm(module, work.task, BATCHNORM_BATCHES, pause=work.gate.step)
         return Settled(module, learned[::-1])
 
     def plain(self, work: Work) -> nn.Module:
@@ -555,6 +552,8 @@ class _Path:
                 trainer.run_to(fidelity)
             with self.stage("export"):
                 settled = shaped.settle(self.work)
+                if fidelity < 1:
+                    settled = self.halfway(shaped, settled)
                 releases = release(self.work, settled.module, policy, learned=settled.ranges())
             with self.stage("quality"):
                 self.facts["quality"] = qualities(self.work, releases, "selection")
@@ -575,6 +574,17 @@ class _Path:
             else:
                 self.time(releases, final=True)
                 yield State.DONE, self.outcome(files=self.keep(shaped.receipts, settled, releases))
+
+    def halfway(self, shaped: Shaped, settled: Settled) -> Settled:
+        """A changed network in mid-training, its running statistics brought up to its weights, which run ahead of them.
+
+        On digits at 30 % of ten epochs, 70 % of the channels gone: 3 points lost where it had been 21, at the end 0.5.
+        """
+        if shaped.intact and not any(self.work.ops[receipt.op].phase == "structure" for receipt in settled.learned):
+            return settled
+        module = copy.deepcopy(settled.module)
+        reestimate_batchnorm(module, self.work.task, BATCHNORM_BATCHES, pause=self.work.gate.step)
+        return replace(settled, module=module)
 
     def describe(self, shaped: Shaped) -> None:
         macs, parameters = thop_count(shaped.plain(self.work), examples(self.work.task.input))
