@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Generic, TypeVar
 
 from scipy.special import stdtrit
@@ -18,13 +19,15 @@ from autocompress.pareto import meets
 from autocompress.types import Budget, Goal, Interval, Limit, Quality, Reading, Record
 
 T = TypeVar("T")
+MORE = ("speedup", "throughput")
+"""Budgets of which more is better."""
 
 
 class Bound(Record):
-    """One budget on one device against what was measured. For `speedup` the bound is the lower one, else the upper."""
+    """One budget on one device against the worse end of what was measured: the lower one where more is better."""
 
     profile: str
-    name: str  # latency_ms | speedup | size_mb
+    name: str  # as in Budget: latency_ms, p95_ms, speedup ...
     budget: float
     measured: float
     bound: float
@@ -61,7 +64,8 @@ def pool(readings: Sequence[Reading]) -> Reading:
 
     Median and ratio are means of logarithms; the half width is the larger of what spread within the sessions and of
     what spread between them allow, the latter with Student's t (the modified Hartung-Knapp interval: Knapp and Hartung
-    2003, section 3, equal weights). p95 is the worst session's. Raises ValueError for no readings, or of two devices.
+    2003, section 3, equal weights). The worst session gives p95, p99, load time, memory and drift. Raises ValueError
+    for no readings, or of two devices.
     """
     if not readings:
         raise ValueError("no readings to pool")
@@ -74,7 +78,8 @@ def pool(readings: Sequence[Reading]) -> Reading:
     return Reading(
         profile=first.profile,
         ms=_pooled([reading.ms for reading in readings]),
-        p95_ms=max(reading.p95_ms for reading in readings),
+        p95_ms=max((reading.p95_ms for reading in readings), key=lambda one: one.high),
+        p99_ms=max((one for reading in readings if (one := reading.p99_ms)), key=lambda one: one.high, default=None),
         baseline_ms=_pooled([reading.baseline_ms for reading in readings]),
         ratio=_pooled([reading.ratio for reading in readings]),
         samples=sum(reading.samples for reading in readings),
@@ -84,6 +89,11 @@ def pool(readings: Sequence[Reading]) -> Reading:
         cores=tuple(sorted({core for reading in readings for core in reading.cores})),
         fingerprint="+".join(hosts),
         seconds=sum(reading.seconds for reading in readings),
+        batch=first.batch,
+        load_ms=max(reading.load_ms for reading in readings),
+        memory_mb=max((one for reading in readings if (one := reading.memory_mb) is not None), default=None),
+        energy_mj=mean(energies) if (energies := [e for r in readings if (e := r.energy_mj) is not None]) else None,
+        drift=max((reading.drift for reading in readings), key=abs),
     )
 
 
@@ -107,19 +117,26 @@ def _half_width(interval: Interval) -> float:
 def bounds(budget: Budget, reading: Reading, size_mb: float | None) -> tuple[Bound, ...]:
     """Every bound that a budget states, against the unfavourable end of the interval (the search's own rule)."""
     size = math.inf if size_mb is None else size_mb
+    memory = math.inf if reading.memory_mb is None else reading.memory_mb
     figures = {
-        "latency_ms": (budget.latency_ms, reading.ms.value, reading.ms.high),
-        "speedup": (budget.speedup, reading.speedup, 1.0 / reading.ratio.high),
-        "size_mb": (budget.size_mb, size, size),
+        "latency_ms": (reading.ms.value, reading.ms.high),
+        "p95_ms": (reading.p95_ms.value, reading.p95_ms.high),
+        "speedup": (reading.speedup, 1.0 / reading.ratio.high),
+        "throughput": (reading.throughput.value, reading.throughput.low),
+        "size_mb": (size, size),
+        "memory_mb": (memory, memory),
     }
-    found: list[Bound] = []
-    for name, met in meets(reading, budget, size_mb).items():
-        asked, measured, bound = figures[name]
-        if asked is not None:
-            found.append(
-                Bound(profile=budget.profile, name=name, budget=asked, measured=measured, bound=bound, met=met)
-            )
-    return tuple(found)
+    return tuple(
+        Bound(
+            profile=budget.profile,
+            name=name,
+            budget=getattr(budget, name),
+            measured=figures[name][0],
+            bound=figures[name][1],
+            met=met,
+        )
+        for name, met in meets(reading, budget, size_mb).items()
+    )
 
 
 def judge(
@@ -178,9 +195,13 @@ def judge(
 def _says(bound: Bound) -> str:
     if bound.name == "speedup":
         return f"{bound.profile}: {bound.bound:.2f}x (lower bound) of the {bound.budget:g}x asked"
-    if bound.name == "latency_ms":
-        return f"{bound.profile}: {bound.bound:.3f} ms (upper bound), budget {bound.budget:g} ms"
-    return f"{bound.profile}: {bound.measured:.3f} MB, budget {bound.budget:g} MB"
+    if bound.name == "throughput":
+        return f"{bound.profile}: {bound.bound:.4g} samples/s (lower bound) of the {bound.budget:g} asked"
+    if bound.name in ("latency_ms", "p95_ms"):
+        which = "p95 " if bound.name == "p95_ms" else ""
+        return f"{bound.profile}: {which}{bound.bound:.3f} ms (upper bound), budget {bound.budget:g} ms"
+    what = "memory " if bound.name == "memory_mb" else ""
+    return f"{bound.profile}: {what}{bound.measured:.3f} MB, budget {bound.budget:g} MB"
 
 
 def certify(
@@ -230,7 +251,7 @@ def miss(certificate: Certificate) -> float:
     """How far a certificate is from holding: sum of relative excesses over budgets and below the floor; 0 if none."""
     total = 0.0
     for bound in certificate.bounds:
-        excess = bound.budget / bound.bound if bound.name == "speedup" else bound.bound / bound.budget
+        excess = bound.budget / bound.bound if bound.name in MORE else bound.bound / bound.budget
         total += max(excess - 1.0, 0.0)
     for quality in certificate.quality.values():
         total += max(certificate.floor - quality.value.value, 0.0) / max(abs(certificate.floor), 1e-9)

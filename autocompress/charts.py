@@ -122,7 +122,7 @@ def panel(
     on_front = pareto.front([trial for trial in seen if trial.number > 0], goal, limit)
     base_ms = baseline.ms.value
     arms = {name: arm.devices[profile] for name, arm in (controls or {}).items() if profile in arm.devices}
-    allowed = [ms for ms, _ in _bounds(budget, base_ms)]
+    allowed = [ms for ms, _ in _bounds(budget, base_ms, baseline.batch)]
     all_ms = (
         [t.outcome.readings[profile].ms.value for t in seen] + allowed + [found.ms.value for found in arms.values()]
     )
@@ -144,7 +144,7 @@ def panel(
             head = f"#{winner.number}, {'certified' if winner.certified else 'not certified'} for {winner.goal}"
             marks.append(_special(found, x, y, "winner", head, limit.metric, winner.number, times(found.speedup.value)))
     steps = [f"{mark.x},{mark.y}" for mark in sorted((m for m in marks if m.kind == "front"), key=lambda m: m.x)]
-    lines = [Line(x(ms), label) for ms, label in _bounds(budget, base_ms)]
+    lines = [Line(x(ms), label) for ms, label in _bounds(budget, base_ms, baseline.batch)]
     floor_in = y.low <= limit.floor <= y.high
     edge = min((line.at for line in lines), default=right)
     floor_y = y(limit.floor) if floor_in else bottom
@@ -193,12 +193,14 @@ def _readable(marks: Sequence[Mark]) -> list[Mark]:
     return found
 
 
-def _bounds(budget: Budget, base_ms: float) -> list[tuple[float, str]]:
+def _bounds(budget: Budget, base_ms: float, batch: int) -> list[tuple[float, str]]:
     found: list[tuple[float, str]] = []
     if budget.speedup is not None:
         found.append((base_ms / budget.speedup, f"budget {budget.speedup:g}{TIMES}"))
     if budget.latency_ms is not None:
         found.append((budget.latency_ms, f"budget {budget.latency_ms:g} ms"))
+    if budget.throughput is not None:
+        found.append((1e3 * batch / budget.throughput, f"budget {budget.throughput:g}/s"))
     return found
 
 

@@ -180,7 +180,7 @@ def measure(
         return
     ms, ratio = reading.ms, reading.ratio
     typer.echo(
-        f"{reading.profile}: median {ms.value:.3f} ms [{ms.low:.3f}, {ms.high:.3f}], p95 {reading.p95_ms:.3f} ms"
+        f"{reading.profile}: median {ms.value:.3f} ms [{ms.low:.3f}, {ms.high:.3f}], p95 {reading.p95_ms.value:.3f} ms"
     )
     if baseline is not None:
         typer.echo(

@@ -24,8 +24,8 @@ from rich.text import Text
 
 from autocompress import pareto, space
 from autocompress.summary import Summary, Winner, parent_arch, simpler
-from autocompress.types import Budget, Facts, Goal, Limit, SearchPlan, Space, State, Trial
-from autocompress.wording import DASH, TIMES, describe, lost, times
+from autocompress.types import Facts, Goal, Limit, SearchPlan, Space, State, Trial
+from autocompress.wording import DASH, TIMES, describe, lost, times, wish
 
 STYLE = {
     State.RUNNING: "cyan",
@@ -179,17 +179,8 @@ def _goals(progress: Progress) -> RenderableType:
 
 
 def _asked(goal: Goal) -> str:
-    wishes = [_wish(budget) for budget in goal.budgets]
+    wishes = [wish(budget) for budget in goal.budgets]
     return wishes[0] if len(set(wishes)) == 1 else "each its own"
-
-
-def _wish(budget: Budget) -> str:
-    parts = [
-        f"{budget.latency_ms:g} ms" if budget.latency_ms is not None else "",
-        f"{budget.speedup:g}{TIMES}" if budget.speedup is not None else "",
-        f"{budget.size_mb:g} MB" if budget.size_mb is not None else "",
-    ]
-    return " ".join(part for part in parts if part) or "none"
 
 
 def _recent(progress: Progress, now: float, width: int) -> RenderableType:

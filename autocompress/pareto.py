@@ -188,8 +188,14 @@ def _excess(reading: Reading, budget: Budget, size_mb: float | None) -> dict[str
     found: dict[str, float] = {}
     if budget.latency_ms is not None:
         found["latency_ms"] = reading.ms.high / budget.latency_ms - 1.0
+    if budget.p95_ms is not None:
+        found["p95_ms"] = reading.p95_ms.high / budget.p95_ms - 1.0
     if budget.speedup is not None:
         found["speedup"] = reading.ratio.high * budget.speedup - 1.0
+    if budget.throughput is not None:
+        found["throughput"] = budget.throughput / reading.throughput.low - 1.0
     if budget.size_mb is not None:
         found["size_mb"] = 1.0 if size_mb is None else size_mb / budget.size_mb - 1.0
+    if budget.memory_mb is not None:
+        found["memory_mb"] = 1.0 if reading.memory_mb is None else reading.memory_mb / budget.memory_mb - 1.0
     return found

@@ -470,8 +470,8 @@ def load_weights(module: nn.Module, data: bytes) -> nn.Module:
 
 def at_best(reading: Reading) -> Reading:
     """A noisy reading as the favourable end of its interval: only what is over a budget even so is infeasible."""
-    ms, ratio = (Interval(value=i.low, low=i.low, high=i.low) for i in (reading.ms, reading.ratio))
-    return reading.model_copy(update={"ms": ms, "ratio": ratio})
+    best = {name: getattr(reading, name).low for name in ("ms", "p95_ms", "ratio")}
+    return reading.model_copy(update={name: Interval(value=at, low=at, high=at) for name, at in best.items()})
 
 
 def notes_of(receipts: Sequence[Receipt]) -> tuple[str, ...]:

@@ -83,7 +83,7 @@ class Figures(Record):
     """One file on one device, against the baseline on the same device."""
 
     ms: Interval
-    p95_ms: float
+    p95_ms: Interval
     baseline_ms: Interval
     speedup: Interval
     samples: int
@@ -362,7 +362,7 @@ def front_csv(space_: Space, goals: Sequence[Goal], limit: Limit, facts: Facts, 
             table.writerow([
                 trial.number, trial.state.value, trial.attempt, profile, "+".join(on_front.get(trial.number, ())),
                 trial.outcome.fidelity, *values, lost.value if lost is not None else "",
-                reading.ms.value, reading.ms.low, reading.ms.high, reading.p95_ms,
+                reading.ms.value, reading.ms.low, reading.ms.high, reading.p95_ms.value,
                 reading.ratio.value, reading.ratio.low, reading.ratio.high, reading.speedup,
                 size if size is not None else "", trial.outcome.macs, trial.outcome.parameters, met,
                 genotype_hash(trial.genotype), words,

@@ -113,6 +113,18 @@ class Numeric(Record):
         return f"{short[self.activation]}{short[self.weight]}-{scheme}{reduced}-{self.calibration}"
 
 
+class Reach(Record):
+    """How a target that is not this host is reached."""
+
+    ssh: str = ""  # user@host, or a Host of the user's ssh configuration
+    port: int | None = Field(default=None, ge=1, le=65535)
+    identity: str = ""  # file of a private key; empty: what ssh finds
+    adb: str = ""  # serial number of a phone
+    resource: str = ""  # that a node of the Ray cluster holds, e.g. device:pi
+    python: str = "python3"  # with numpy and onnxruntime, over there
+    folder: str = ".cache/autocompress"  # for files over there, relative to the home folder
+
+
 class Profile(Record):
     """YAML facts of a target device."""
 
@@ -128,15 +140,23 @@ class Profile(Record):
     opset: int = Field(default=17, ge=13)
     types: tuple[str, ...] = ("float32", "int8")  # what it computes with; `float16` and `bfloat16` where they run
     expects: tuple[str, ...] = ()  # processor flags without which a reading would not speak of this target
+    reach: Reach = Reach()
+    memory_mb: Positive | None = None  # what a session may take there at most
+    fingerprint: str = ""  # short hash of the one device that it was made for; empty: any that fits
+    measured: dict[str, float | str] = {}  # what `device add` found there; nothing here is ever assumed
+    template: bool = False  # written from the maker's documentation, not yet measured by us
 
 
 class Budget(Record):
     """Hard bounds on one device. `speedup` is against the uncompressed ONNX file on the same device."""
 
     profile: str
-    latency_ms: Positive | None = None
+    latency_ms: Positive | None = None  # median
+    p95_ms: Positive | None = None
     speedup: Positive | None = None
+    throughput: Positive | None = None  # samples per second, at the profile's batch
     size_mb: Positive | None = None
+    memory_mb: Positive | None = None  # peak of a process that runs the file
 
 
 class Goal(Record):
@@ -169,7 +189,8 @@ class Reading(Record):
 
     profile: str
     ms: Interval  # median
-    p95_ms: float
+    p95_ms: Interval  # of single runs; its interval is found by drawing blocks anew
+    p99_ms: Interval | None = None
     baseline_ms: Interval  # the uncompressed file, in the same window
     ratio: Interval  # candidate / baseline; what is compared and promised
     samples: int
@@ -179,11 +200,22 @@ class Reading(Record):
     cores: tuple[int, ...] = ()
     fingerprint: str = ""  # short hash of the device's fingerprint
     seconds: float = 0.0  # station time spent
+    batch: int = 1  # samples in one run
+    load_ms: float = 0.0
+    memory_mb: float | None = None  # peak of a process that loads and runs the file, beyond what it needs without
+    energy_mj: float | None = None  # of the processor package per run, where the target tells it
+    drift: float = 0.0  # change of the baseline from the window's first third to its last, as a share
 
     @property
     def speedup(self) -> float:
         """Baseline over candidate."""
         return 1.0 / self.ratio.value
+
+    @property
+    def throughput(self) -> Interval:
+        """Samples per second at the profile's batch, from the median run."""
+        low, value, high = (1e3 * self.batch / ms for ms in (self.ms.high, self.ms.value, self.ms.low))
+        return Interval(value=value, low=low, high=high)
 
 
 class Quality(Record):

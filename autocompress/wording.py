@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from autocompress.types import Candidate
+from autocompress.types import Budget, Candidate
 
 TIMES, DASH, MINUS = "\u00d7", "\u2013", "\u2212"  # as printed; the source stays free of look-alikes
 MAIN = {
@@ -74,6 +74,20 @@ def _group(name: str, amounts: Sequence[Any]) -> str:
     low, high = (min(numbers), max(numbers)) if numbers else (0, 0)
     spread = f" ({_short(low)})" if low == high else f" ({_short(low)}{DASH}{_short(high)})"
     return f"{name} {TIMES}{len(amounts)}" + (spread if numbers else "")
+
+
+def wish(budget: Budget) -> str:
+    """What a budget asks for: `2.5x, p95 4 ms`."""
+    said = {
+        "latency_ms": "{:g} ms",
+        "p95_ms": "p95 {:g} ms",
+        "speedup": "{:g}" + TIMES,
+        "throughput": "{:g}/s",
+        "size_mb": "{:g} MB",
+        "memory_mb": "{:g} MB in memory",
+    }
+    parts = [words.format(asked) for name, words in said.items() if (asked := getattr(budget, name)) is not None]
+    return ", ".join(parts) or "none"
 
 
 def times(speedup: float) -> str:

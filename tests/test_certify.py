@@ -24,7 +24,7 @@ def reading(ratio: float = 0.25, *, profile: str = "a", share: float = 0.01, noi
     return Reading(
         profile=profile,
         ms=interval(ratio, share),
-        p95_ms=ratio * 1.2,
+        p95_ms=interval(ratio * 1.2),
         baseline_ms=interval(1.0, share),
         ratio=interval(ratio, share),
         samples=100,
@@ -117,7 +117,7 @@ def test_pooling_keeps_the_value_inside_its_interval(ratios: list[float], share:
     assert found.ratio.low <= found.ratio.value * (1 + 1e-9)
     assert found.ratio.value <= found.ratio.high * (1 + 1e-9)
     assert min(ratios) * (1 - 1e-9) <= found.ratio.value <= max(ratios) * (1 + 1e-9)
-    assert found.p95_ms == max(ratio * 1.2 for ratio in ratios)
+    assert found.p95_ms == interval(max(ratios) * 1.2)
 
 
 def test_pool_refuses_nothing_and_other_devices():
@@ -187,3 +187,18 @@ def test_a_certificate_survives_json():
     found = judge(goal(), {"a": reading()}, quality={"a": quality()}, size_mb={"a": 0.1}, limit=LIMIT)
     assert Certificate.model_validate_json(found.model_dump_json()) == found
     assert statistics.fmean([found.readings["a"].ratio.value]) == 0.25
+
+
+def test_every_kind_of_budget_is_judged_by_its_worse_end() -> None:
+    found = reading(0.5, share=0.1).model_copy(
+        update={"ms": interval(2.0, 0.1), "p95_ms": interval(3.0, 0.1), "batch": 4, "memory_mb": 40.0}
+    )
+    asked = Budget(profile="a", latency_ms=2.1, p95_ms=3.4, speedup=1.7, throughput=1900, size_mb=1, memory_mb=64)
+    by_name = {bound.name: bound for bound in bounds(asked, found, 1.5)}
+    assert set(by_name) == {"latency_ms", "p95_ms", "speedup", "throughput", "size_mb", "memory_mb"}
+    assert [name for name, bound in by_name.items() if not bound.met] == ["latency_ms", "throughput", "size_mb"]
+    assert by_name["throughput"].bound == pytest.approx(4 / 2.2e-3)
+    assert by_name["latency_ms"].bound == pytest.approx(2.2)
+    assert not bounds(Budget(profile="a", memory_mb=64), reading(), None)[0].met  # not known is not held
+    said = judge(Goal(name="a", budgets=(asked,)), {"a": found}, quality={}, size_mb={"a": 1.5}, limit=LIMIT).reason
+    assert "samples/s (lower bound) of the 1900 asked" in said

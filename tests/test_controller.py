@@ -97,7 +97,7 @@ class Closed:
 def closed_outcome(ratio: float, quality: float | None, fidelity: float) -> Outcome:
     one = Interval(value=ratio, low=ratio, high=ratio)
     base = Interval(value=1.0, low=1.0, high=1.0)
-    reading = Reading(profile="p", ms=one, p95_ms=ratio, baseline_ms=base, ratio=one, samples=9, rounds=3)
+    reading = Reading(profile="p", ms=one, p95_ms=one, baseline_ms=base, ratio=one, samples=9, rounds=3)
     found = {}
     if quality is not None:
         value = Interval(value=quality, low=quality, high=quality)

@@ -30,8 +30,8 @@ from autocompress.devices.cores import CorePlan, Cores, parse_list, plan_cores, 
 from autocompress.devices.fingerprint import check_expects, host, resolve_local, short
 from autocompress.devices.local import LocalDevice, Unloadable
 from autocompress.devices.station import Station, measure_file
-from autocompress.devices.statistics import MIN_BLOCKS, Window, blocks, median, rank, width
-from autocompress.types import Numeric, Profile, Reading, TrialFailure, UserError
+from autocompress.devices.statistics import MIN_BLOCKS, Window, drift, median, parts, rank, tail, width
+from autocompress.types import Interval, Numeric, Profile, Reading, TrialFailure, UserError
 
 ONE = Profile(name="one", threads=1)
 EXAMPLE = Path(__file__).parents[1] / "examples" / "my_device.py"
@@ -157,8 +157,32 @@ def test_few_blocks_or_a_wide_interval_are_noisy() -> None:
 
 def test_blocks_of_a_device_that_knows_none() -> None:
     given_ = Samples(times_ms={"a": tuple(np.arange(240.0)), "b": tuple(np.arange(120.0))})
-    assert len(blocks(given_, "a")) == len(blocks(given_, "b")) == 12
-    assert len(blocks(Samples(times_ms={"a": (1.0, 2.0, 3.0), "b": (1.0, 2.0)}), "a")) == 2
+    assert len(parts(given_, "a")) == len(parts(given_, "b")) == 12
+    assert len(parts(Samples(times_ms={"a": (1.0, 2.0, 3.0), "b": (1.0, 2.0)}), "a")) == 2
+
+
+def test_the_tail_interval_holds_the_true_quantile_where_runs_of_a_block_are_alike() -> None:
+    rng = np.random.default_rng(3)
+    held = 0
+    for _ in range(200):
+        slow = rng.exponential(0.3, size=(40, 1))  # what slows a whole block
+        found = tail(list(1.0 + slow + rng.exponential(0.02, size=(40, 12))), 0.95)
+        held += found.low <= 1.0 + 0.3 * -np.log(0.05) + 0.03 and found.high >= 1.0 + 0.3 * -np.log(0.05) - 0.03
+    assert held > 160  # the percentile bootstrap of a tail is a little short: 95 % would be 190
+
+
+def test_a_tail_is_the_same_for_the_same_times_and_a_point_for_equal_ones() -> None:
+    same = [np.full(10, 2.0)] * 8
+    assert tail(same, 0.99) == Interval(value=2.0, low=2.0, high=2.0)
+    some = list(np.random.default_rng(0).gamma(4.0, size=(8, 10)))
+    assert tail(some, 0.95) == tail(some, 0.95)
+    assert tail(some, 0.95).value == pytest.approx(float(np.quantile(np.concatenate(some), 0.95)))
+
+
+def test_drift_is_what_the_baseline_slowed_down() -> None:
+    assert drift([1.0] * 12) == 0.0
+    assert drift([1.0] * 4 + [1.05] * 4 + [1.1] * 4) == pytest.approx(0.1)
+    assert drift([1.0, 9.0]) == 0.0
 
 
 # --- cores -----------------------------------------------------------------------------------------------------------
@@ -529,7 +553,7 @@ def test_a_reading_repeats(files: dict[str, Path], tmp_path: Path) -> None:
     assert 0.75 < first.ratio.value / second.ratio.value < 1.33
     assert first.rounds >= MIN_BLOCKS
     assert first.samples >= first.rounds
-    assert first.ms.value <= first.p95_ms * 1.01
+    assert first.ms.value <= first.p95_ms.value * 1.01
     assert first.cores == plan_cores([ONE]).station
     assert first.seconds > 0
 

@@ -12,7 +12,7 @@ LIMIT = Limit(metric="accuracy", floor=0.9)
 def trial(number: int, quality: float, speedup: float, state: State = State.DONE) -> Trial:
     ratio = 1 / speedup
     spread = Interval(value=ratio, low=ratio, high=ratio)
-    reading = Reading(profile="a", ms=spread, p95_ms=1, baseline_ms=spread, ratio=spread, samples=9, rounds=3)
+    reading = Reading(profile="a", ms=spread, p95_ms=spread, baseline_ms=spread, ratio=spread, samples=9, rounds=3)
     value = Interval(value=quality, low=quality, high=quality)
     found = Quality(metric="accuracy", split="selection", value=value, samples=9)
     outcome = Outcome(readings={"a": reading}, quality={"a": found}, files={"receipts": "x"}, size_mb={"a": 1.0})

@@ -24,8 +24,8 @@ def reading(profile: str, ratio: float, width: float = 0.0) -> Reading:
         return Interval(value=value, low=value * (1 - width), high=value * (1 + width))
 
     return Reading(
-        profile=profile, ms=interval(10 * ratio), p95_ms=11 * ratio, baseline_ms=interval(10.0), ratio=interval(ratio),
-        samples=100, rounds=3,
+        profile=profile, ms=interval(10 * ratio), p95_ms=interval(11 * ratio), baseline_ms=interval(10.0),
+        ratio=interval(ratio), samples=100, rounds=3,
     )  # fmt: skip
 
 

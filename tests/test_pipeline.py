@@ -85,7 +85,7 @@ class Clock:
         ms = self.ms_per_mb * len(model) / 1e6
         spread = Interval(value=ms, low=ms, high=ms)
         return Reading(
-            profile=profile, ms=spread, p95_ms=ms, baseline_ms=spread, ratio=spread, samples=1, rounds=1, seconds=0
+            profile=profile, ms=spread, p95_ms=spread, baseline_ms=spread, ratio=spread, samples=1, rounds=1, seconds=0
         )
 
 
@@ -288,7 +288,14 @@ def test_noise_that_leaves_no_doubt_about_the_budget_does_not_cost_a_trained_tri
 def test_a_noisy_reading_is_infeasible_only_if_its_better_end_is_over_the_budget() -> None:
     interval = Interval(value=2.0, low=1.0, high=3.0)
     noisy = Reading(
-        profile="one", ms=interval, p95_ms=3, baseline_ms=interval, ratio=interval, samples=9, rounds=3, noisy=True
+        profile="one",
+        ms=interval,
+        p95_ms=interval,
+        baseline_ms=interval,
+        ratio=interval,
+        samples=9,
+        rounds=3,
+        noisy=True,
     )
     assert at_best(noisy).ms.high == 1.0
     assert at_best(noisy).ratio.high == 1.0

@@ -96,7 +96,7 @@ class Closed:
 def reading(ratio: float) -> Reading:
     one = Interval(value=ratio, low=ratio, high=ratio)
     base = Interval(value=1.0, low=1.0, high=1.0)
-    return Reading(profile="p", ms=one, p95_ms=ratio, baseline_ms=base, ratio=one, samples=9, rounds=3)
+    return Reading(profile="p", ms=one, p95_ms=one, baseline_ms=base, ratio=one, samples=9, rounds=3)
 
 
 def outcome(ratio: float, quality: float, fidelity: float) -> Outcome:

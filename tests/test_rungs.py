@@ -18,7 +18,7 @@ def outcome(a: float, b: float, quality: float | None) -> Outcome:
     def reading(profile: str, ratio: float) -> Reading:
         one = Interval(value=ratio, low=ratio, high=ratio)
         base = Interval(value=1.0, low=1.0, high=1.0)
-        return Reading(profile=profile, ms=one, p95_ms=ratio, baseline_ms=base, ratio=one, samples=9, rounds=3)
+        return Reading(profile=profile, ms=one, p95_ms=one, baseline_ms=base, ratio=one, samples=9, rounds=3)
 
     found = {}
     if quality is not None:

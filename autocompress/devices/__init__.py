@@ -14,6 +14,8 @@ class Samples(Record):
 
     times_ms: dict[str, tuple[float, ...]]  # keyed by the file's path as given
     load_ms: dict[str, float] = {}
+    memory_mb: dict[str, float] = {}  # peak of a process that runs the file, beyond what it needs without
+    energy_mj: dict[str, float] = {}  # of one run
     blocks: int = 0  # each file's times fall into this many equal consecutive blocks, one per round; 0: not known
     disturbed: float = 0.0  # share of the runs in which another process had one of the cores, where that is known
 

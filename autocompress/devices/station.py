@@ -24,7 +24,7 @@ from autocompress.types import Profile, Reading, TrialFailure, UserError
 
 LONGEST_S = 120.0  # a model so slow that MIN_BLOCKS take longer is reported as noisy
 PATIENCE_S = 600.0  # for trainers to pause, or for other measurements to end
-FORMAT = 1  # part of every cache key: raise it when a reading comes to mean something else
+FORMAT = 2  # part of every cache key: raise it when a reading comes to mean something else
 
 
 class Station:
@@ -169,6 +169,7 @@ class Station:
             quiet=self.plan.quiet,
             cores=cores,
             host=short(self.fingerprint(profile_name)),
+            batch=self._profiles[profile_name].batch,
         )
         return window, reading
 
@@ -193,7 +194,9 @@ class Station:
             "format": FORMAT,
             "model": key,
             "baseline": self._baseline_key,
-            "profile": self._profiles[profile_name].model_dump(mode="json", exclude={"name", "about"}),
+            "profile": self._profiles[profile_name].model_dump(
+                mode="json", include={"device", "provider", "provider_options", "threads", "batch", "reach"}
+            ),
             "host": short(host),
             "cores": self._cores(profile_name),
             "quiet": self.plan.quiet,

@@ -48,12 +48,38 @@ def width(interval: Interval) -> float:
     return (interval.high - interval.low) / interval.value
 
 
-def blocks(samples: Samples, path: str) -> np.ndarray:
-    """Medians of a file's blocks, shape (blocks,). A device that knows no blocks has its times cut into twelve."""
+def parts(samples: Samples, path: str) -> list[np.ndarray]:
+    """A file's times by blocks. A device that knows no blocks has its times cut into twelve."""
     times = np.asarray(samples.times_ms[path], dtype=np.float64)
     fewest = min(len(other) for other in samples.times_ms.values())
-    parts = samples.blocks or min(12, fewest)
-    return np.array([np.median(part) for part in np.array_split(times, parts)])
+    return np.array_split(times, samples.blocks or min(12, fewest))
+
+
+def tail(blocks_ms: Sequence[np.ndarray], share: float, draws: int = 400) -> Interval:
+    """A quantile of single runs with its 95 % interval: whole blocks are drawn anew, as runs within one are alike.
+
+    The percentile bootstrap (B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3) over
+    blocks. What lies beyond the largest time seen it cannot know. The draws are fixed: equal times, equal interval.
+    """
+    times = np.concatenate(blocks_ms)
+    weight = np.concatenate([np.full(len(part), i) for i, part in enumerate(blocks_ms)])
+    order = np.argsort(times, kind="stable")
+    drawn = np.random.default_rng(0).multinomial(
+        len(blocks_ms), np.full(len(blocks_ms), 1 / len(blocks_ms)), size=draws
+    )
+    reached = np.cumsum(drawn[:, weight[order]], axis=1)
+    found = times[order][np.argmax(reached >= share * reached[:, -1:], axis=1)]
+    value = float(np.quantile(times, share))
+    low, high = (float(end) for end in np.quantile(found, (0.025, 0.975)))
+    return Interval(value=value, low=min(low, value), high=max(high, value))
+
+
+def drift(baseline_ms: Sequence[float]) -> float:
+    """How much slower the baseline is in the last third of its blocks than in the first, as a share; 0 below six."""
+    third = len(baseline_ms) // 3
+    if third < 2:
+        return 0.0
+    return float(np.median(baseline_ms[-third:]) / np.median(baseline_ms[:third]) - 1.0)
 
 
 class Window:
@@ -63,16 +89,22 @@ class Window:
         self._names = (str(model), str(baseline))
         self.times_ms: tuple[list[float], list[float]] = ([], [])  # model, baseline
         self.middles_ms: tuple[list[float], list[float]] = ([], [])  # medians of their blocks
+        self.parts_ms: list[np.ndarray] = []  # the model's times, block by block
         self.load_ms = 0.0
+        self.memory_mb: float | None = None
+        self.energy_mj: float | None = None
         self._disturbed = 0.0  # runs
 
     def add(self, samples: Samples) -> None:
         """Take in one answer."""
         for i, name in enumerate(self._names):
             self.times_ms[i].extend(samples.times_ms[name])
-            self.middles_ms[i].extend(float(middle) for middle in blocks(samples, name))
+            self.middles_ms[i].extend(float(np.median(part)) for part in parts(samples, name))
         self._disturbed += samples.disturbed * sum(len(samples.times_ms[name]) for name in self._names)
+        self.parts_ms += parts(samples, self._names[0])
         self.load_ms = max(self.load_ms, samples.load_ms.get(self._names[0], 0.0))
+        self.memory_mb = samples.memory_mb.get(self._names[0], self.memory_mb)
+        self.energy_mj = samples.energy_mj.get(self._names[0], self.energy_mj)
 
     @property
     def blocks(self) -> int:
@@ -99,12 +131,15 @@ class Window:
         """Whether the ratio is too uncertain to be used, or the times are those of a core that was not ours."""
         return self.blocks < MIN_BLOCKS or width(self.ratio) > NOISY or self.disturbed > DISTURBED
 
-    def reading(self, profile: str, *, seconds: float, quiet: bool, cores: tuple[int, ...], host: str) -> Reading:
+    def reading(
+        self, profile: str, *, seconds: float, quiet: bool, cores: tuple[int, ...], host: str, batch: int = 1
+    ) -> Reading:
         """The reading of this window. Intervals are of block medians: single runs of a block are not independent."""
         return Reading(
             profile=profile,
             ms=median(self.middles_ms[0]),
-            p95_ms=float(np.quantile(self.times_ms[0], 0.95)),
+            p95_ms=tail(self.parts_ms, 0.95),
+            p99_ms=tail(self.parts_ms, 0.99),
             baseline_ms=median(self.middles_ms[1]),
             ratio=self.ratio,
             samples=len(self.times_ms[0]),
@@ -114,4 +149,9 @@ class Window:
             cores=cores,
             fingerprint=host,
             seconds=round(seconds, 3),
+            batch=batch,
+            load_ms=round(self.load_ms, 3),
+            memory_mb=self.memory_mb,
+            energy_mj=self.energy_mj,
+            drift=round(drift(self.middles_ms[1]), 4),
         )

@@ -338,7 +338,7 @@ def _reading(profile: str, micros: int, baseline: int) -> Reading:
     return Reading(
         profile=profile,
         ms=exact(micros / 1000),
-        p95_ms=micros / 1000,
+        p95_ms=exact(micros / 1000),
         baseline_ms=exact(baseline / 1000),
         ratio=exact(micros / baseline),
         samples=100,
