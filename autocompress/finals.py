@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,19 @@ from autocompress.space import decode
 from autocompress.stages import stages
 from autocompress.store import Store
 from autocompress.summary import Arm, Finding
-from autocompress.types import Goal, Policy, Quality, Reading, Receipt, Rule, Stage, State, Trial, TrialFailure
+from autocompress.types import (
+    Goal,
+    Policy,
+    Quality,
+    Reading,
+    Receipt,
+    Rule,
+    Stage,
+    State,
+    Trial,
+    TrialFailure,
+    UserError,
+)
 
 FINALISTS = 3
 ROOM = 0.1
@@ -105,11 +118,23 @@ class Finals:
     test: dict[str, Quality] = field(default_factory=dict)  # by sha256 of the file: each meets the test split once
     made: dict[int, tuple[Stage, ...]] = field(default_factory=dict)  # by trial number
     optimized: dict[tuple[str, str], tuple[bytes, dict[str, int]]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)  # what could not be made, and why: the report says it
     sessions: Sessions = field(init=False)
 
     def __post_init__(self) -> None:
         """Sessions belong to the station."""
         self.sessions = Sessions(self.station)
+
+    @contextmanager
+    def saying(self, what: str, broken: list[Exception] | None = None) -> Iterator[None]:
+        """An end of a search loses no summary: what fails here becomes a reason in it, and goes into `broken`."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  a stranger's op, task or network may raise anything
+            why = "" if isinstance(error, TrialFailure | UserError) else f"{type(error).__name__}: "
+            self.problems.append(f"{what}: {why}{' '.join(str(error).split())[:300]}")
+            if broken is not None:
+                broken.append(error)
 
     def variant(self, profile_name: str) -> str:
         """The variant that serves a profile."""
@@ -197,8 +222,10 @@ class Finals:
         variant = profile.numeric.variant
         key = (files.shas[variant], profile.name)
         if key not in self.optimized:
-            made = optimized(files.models[variant], profile)
-            self.optimized[key] = made, fused(files.models[variant], made)
+            self.optimized[key] = b"", {}
+            with self.saying(f"onnxruntime's optimized file for {profile.name}"):
+                made = optimized(files.models[variant], profile)
+                self.optimized[key] = made, fused(files.models[variant], made)
         return self.optimized[key]
 
     def stages(self, trial: Trial, files: Kept) -> tuple[Stage, ...]:
@@ -207,7 +234,11 @@ class Finals:
             candidate = decode(self.parts.space, trial.genotype)
             torch.manual_seed(trial_seed(self.parts.job.search.seed, trial.number))
             model = next(iter(files.models.values()))
-            self.made[trial.number] = stages(self.work, candidate, files.structure, files.weights, model, "selection")
+            self.made[trial.number] = ()
+            with self.saying(f"quality by stages of #{trial.number}"):
+                self.made[trial.number] = stages(
+                    self.work, candidate, files.structure, files.weights, model, "selection"
+                )
         return self.made[trial.number]
 
     def write(

@@ -37,6 +37,21 @@ STYLE = {
 }
 _BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # dot bits of a cell by row and column
 _SHOWN_TRIALS = 6
+EVERY = 10.0  # seconds between lines about one stage where nothing is drawn
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a stage of many steps stands."""
+
+    words: str  # what is looked at
+    done: int
+    total: int
+    left: float  # seconds, estimated
+
+    def __str__(self) -> str:
+        """For the end of a line."""
+        return f"{self.done} of {self.total}, about {clock(self.left)} left: {self.words}"
 
 
 @dataclass
@@ -51,6 +66,7 @@ class Progress:
     title: str = ""
     stage: str = ""
     stage_began: float = 0.0
+    step: Step | None = None  # how far the stage is, where it can say that
     began: float | None = None  # first trial of this process
     already: float = 0.0
     trials: dict[int, Trial] = field(default_factory=dict)
@@ -143,8 +159,14 @@ def _header(progress: Progress, now: float, width: int) -> RenderableType:
     about = Text(f"{progress.ended}/{cost.trials} trials   {spent}", no_wrap=True)
     first.add_row(bar, about, Text("" if left is None else f"about {clock(left)} left", style="dim", no_wrap=True))
     if progress.stage:
-        waited = Text(f"  {clock(now - progress.stage_began)}", style="dim")
-        stage = Spinner("dots", text=Text.assemble((progress.stage, "bold"), waited), style="cyan")
+        parts = [(progress.stage, "bold"), (f"  {clock(now - progress.stage_began)}", "dim")]
+        if step := progress.step:
+            parts.append((f"  {step.done} of {step.total}, about {clock(step.left)} left", "default"))
+        words = Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
+        stage = Spinner("dots", text=words, style="cyan")
+        if step := progress.step:
+            looked = Text(f"  {_one_line(step.words)}", style="dim", no_wrap=True, overflow="ellipsis")
+            return Group(first, stage, looked) if not progress.ended else Group(stage, looked, states)
         return Group(first, stage if not progress.ended else Group(stage, states))
     return Group(first, states)
 
@@ -340,6 +362,7 @@ class Live:
         self.console = console or Console(emoji=False)
         self.now = now
         self.quiet = quiet
+        self._said = self.now()
         drawn = (
             self.console.is_terminal and not self.console.is_dumb_terminal and self.console.encoding.startswith("utf")
         )
@@ -365,9 +388,17 @@ class Live:
 
     def stage(self, words: str) -> None:
         """Say what is going on outside the trials: `training the parent`, `certifying`; empty when that is over."""
-        self.progress.stage, self.progress.stage_began = words, self.now()
+        self.progress.stage, self.progress.stage_began, self.progress.step = words, self.now(), None
+        self._said = self.now()
         if self._screen is None and words:
             self._plain(words)
+
+    def step(self, words: str, done: int, total: int, left: float) -> None:
+        """How far the stage is: drawn at once in a terminal, elsewhere a line every `EVERY` seconds."""
+        self.progress.step = Step(words, done, total, left)
+        if self._screen is None and self.now() - self._said >= EVERY:
+            self._said = self.now()
+            self._plain(f"{self.progress.stage}: {self.progress.step}")
 
     def facts(self, facts: Facts) -> None:
         """The baseline is known."""
@@ -438,6 +469,7 @@ def result(summary: Summary, out: Path, report: Path | None = None) -> Renderabl
         parts.append(Text(_one_line(words), style="yellow"))
         parts += [Text(f"{name}: {words}")] if (words := simpler(summary, name)) else []
     parts += [Text(_one_line(f"{w.goal}: {w.reason}"), style="yellow") for w in summary.winners.values() if w.reason]
+    parts += [Text(_one_line(words), style="yellow") for words in summary.problems]
     if not winners:
         parts.append(Text("no trial was measured, so there is nothing to choose from", style="yellow"))
     done = f"{summary.trials} trials in {clock(summary.minutes * 60)}"
@@ -485,6 +517,7 @@ def result_lines(summary: Summary, out: Path, report: Path | None = None) -> lis
         lines.append(_one_line(f"{winner.goal}: #{winner.number}, {figures}, lost {words}, {verdict}"))
     lines += [f"{name}: no candidate met its budget and the quality floor" for name in summary.closest]
     lines += [f"{name}: {words}" for name in summary.closest if (words := simpler(summary, name))]
+    lines += [_one_line(words) for words in summary.problems]
     if not lines:
         lines.append("no trial was measured, so there is nothing to choose from")
     lines.append(f"{summary.trials} trials in {clock(summary.minutes * 60)}, {summary.state}")

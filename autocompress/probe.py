@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ PAYS = 0.002  # share of the baseline's latency (or size) that counts as a gain
 HOPELESS = 2.0  # times the divergence of an answer that is always the same ...
 LEAST = 0.1  # ... which an untrained network has none of
 FILE = "probe.json"
+Step = Callable[[str, int, int, float], None]
+"""Told what is looked at, how many of how many are done, and how many seconds are left."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,11 @@ def probe(
     seconds: float,
     folder: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
+    step: Step = lambda _words, _done, _total, _left: None,
 ) -> Found:
     """Try the choices of `full`, largest sites first, for at most about `seconds`; what was not tried stays.
+
+    `say` is told what begins, `step` what is looked at, how many looks of how many are done, and seconds left.
 
     With a folder, an earlier probe of the same network, space and devices there is read instead of done again.
     """
@@ -81,7 +86,7 @@ def probe(
     if kept is not None:
         return Found(reduced(full, kept), kept)
     began = time.perf_counter()
-    found = _Probe(work, full, facts, began + seconds, small=small, say=say).go()
+    found = _Probe(work, full, facts, began + seconds, small=small, say=say, step=step).go()
     if folder is not None:
         records = [one.model_dump(mode="json") for one in found]
         write_atomic(folder / FILE, json.dumps({"key": key, "probed": records}, indent=1).encode())
@@ -150,10 +155,18 @@ def worth(gained: Mapping[str, float], smaller: float, small: bool) -> bool:
 
 class _Probe:
     def __init__(
-        self, work: Work, full: Space, facts: Facts, deadline: float, *, small: bool, say: Callable[[str], None]
+        self,
+        work: Work,
+        full: Space,
+        facts: Facts,
+        deadline: float,
+        *,
+        small: bool,
+        say: Callable[[str], None],
+        step: Step,
     ) -> None:
         self.work, self.space, self.facts, self.deadline = work, full, facts, deadline
-        self.small, self.say = small, say
+        self.small, self.say, self.step = small, say, step
         self.phase = {gene.op: work.ops[gene.op].phase for gene in full.genes if gene.op in work.ops}
 
     def go(self) -> tuple[Probed, ...]:
@@ -169,19 +182,32 @@ class _Probe:
             return ()
         left = self.deadline - time.perf_counter()
         self.say(f"probing {len(waiting)} choices, for at most about {left:.0f} s")
+        self.step("the network as it is", 0, len(waiting), left)
         self.network = Untrained(self.work, self.space, self.facts.baseline)
         self.hopeless = HOPELESS * max(self.network.answers.constant(), LEAST)
         shaped = [one for one in waiting if not is_numeric(one.gene, self.work)]
         halfway = (time.perf_counter() + self.deadline) / 2
-        for one in shaped:
+        for one in self.counted(shaped, "latency", halfway):
             self.attempt(self.shape, one, until=halfway)
         self.predict([one for one in shaped if one.used])
-        for one in waiting:
+        for one in self.counted(waiting, "quality", self.deadline):
             self.attempt(self.judge, one)
-        for one in shaped:
-            if one.kl is not None and one.kl > self.hopeless:
-                self.attempt(self.judge_on_top, one, self.best(waiting))
+        doubtful = [one for one in shaped if one.kl is not None and one.kl > self.hopeless]
+        for one in self.counted(doubtful, "quality beside the others' best", self.deadline):
+            self.attempt(self.judge_on_top, one, self.best(waiting))
         return tuple(self.record(one) for one in waiting)
+
+    def counted(self, every: Sequence[Tried], what: str, until: float) -> Iterator[Tried]:
+        """Each of them, said before it is looked at."""
+        began = time.perf_counter()
+        for done, one in enumerate(every):
+            now = time.perf_counter()
+            left = until - now
+            if done:
+                left = min(left, (now - began) / done * (len(every) - done))
+            choice = str(one.choice).lower() if isinstance(one.choice, bool) else one.choice
+            self.step(f"{what}: {one.gene.name} = {choice}", done, len(every), max(left, 0.0))
+            yield one
 
     def attempt(self, look: Callable[..., None], one: Tried, *more: Any, until: float | None = None) -> None:
         """Look at a choice if there is time; one that cannot be made is marked so."""

@@ -396,6 +396,7 @@ class _Run:
                     seconds=seconds,
                     folder=self.out,
                     say=self.live.stage,
+                    step=self.live.step,
                 )
             self.live.note(str(found))
             self.parts = replace(self.parts, space=found.space)
@@ -483,23 +484,28 @@ class _Run:
         finals = Finals(self.parts, work, baseline, station, store, self.out, work.exporter)
         findings: list[Finding] = []
         arms: list[Arm] = []
+        broken: list[Exception] = []  # raised again when all that was found is written
         state: summary.RunState = "interrupted" if controller.stopped else "finished"
         test = None
         try:
             with self.stage("certify"):
-                test = finals.baseline_test()  # before the artifacts, whose manifests hold it
+                with finals.saying("the baseline on the test split", broken):
+                    test = finals.baseline_test()  # before the artifacts, whose manifests hold it
                 # The goal of all devices first: what holds on all of them holds on each.
                 for goal in sorted(self.parts.goals, key=lambda goal: -len(goal.budgets)):
                     self.live.stage(f"certifying finalists for {goal.name}")
                     proven = {finding.number for finding in findings if finding.certificate.certified}
-                    found = finals.decide(trials, goal, goal.name, tuple(t for t in trials if t.number in proven))
-                    findings += [found] if found is not None else []
+                    with finals.saying(f"certifying for {goal.name}", broken):
+                        found = finals.decide(trials, goal, goal.name, tuple(t for t in trials if t.number in proven))
+                        findings += [found] if found is not None else []
                 findings.sort(key=lambda finding: [goal.name for goal in self.parts.goals].index(finding.goal))
             with self.stage("arms"):
                 self.live.stage("the control arm")
-                arms.append(finals.int8_arm())
+                with finals.saying("the control arm", broken):
+                    arms.append(finals.int8_arm())
         except KeyboardInterrupt:
             state = "interrupted"
+        state = "interrupted" if broken else state
         found_ = summary.build(
             state=state,
             space_=self.parts.space,
@@ -509,6 +515,7 @@ class _Run:
             trials=trials,
             findings=findings,
             arms=arms,
+            problems=finals.problems,
             baseline_test=test,
             searcher=self.parts.job.search.searcher,
             seed=self.parts.job.search.seed,
@@ -520,6 +527,8 @@ class _Run:
         summary.write(self.out, found_, table)
         self.live.stage("writing the report")
         where = report.write(self.out)
+        if broken:
+            raise broken[0]
         if state == "finished":
             sweep(store, trials, self.parts.goals, baseline.limit)
         return found_, where

@@ -171,6 +171,7 @@ class Summary(Record):
     closest: dict[str, Winner] = {}  # goals that no candidate met: what came nearest, uncertified
     controls: dict[str, Control] = {}
     failures: tuple[Failure, ...] = ()
+    problems: tuple[str, ...] = ()  # what could not be made at the end, and why
     seconds: dict[str, float] = {}  # work time by stage, summed over workers
     fingerprints: dict[str, dict[str, Any]] = {}
     versions: dict[str, str] = {}
@@ -233,6 +234,7 @@ def build(
     trials: Sequence[Trial],
     findings: Sequence[Finding] = (),
     arms: Sequence[Arm] = (),
+    problems: Sequence[str] = (),
     baseline_test: Quality | None = None,
     searcher: str = "",
     seed: int = 0,
@@ -280,6 +282,7 @@ def build(
         closest={name: one for name, one in reached.items() if name not in good},
         controls={arm.name: _control(arm, budgets, facts, baseline_test) for arm in _all_arms(arms)},
         failures=failures(searched),
+        problems=tuple(problems),
         seconds={name: round(value, 3) for name, value in sorted(spent.items())},
         fingerprints=facts.fingerprints,
         versions=facts.versions,

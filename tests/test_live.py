@@ -119,6 +119,33 @@ def test_without_a_terminal_one_plain_line_per_ended_trial():
     assert rows[7] == "a note in two lines"
 
 
+def test_a_stage_of_many_steps_says_how_far_it_is():
+    known = progress()
+    live = Live(known, Console(file=io.StringIO(), force_terminal=True, width=100, _environ={}), now=lambda: 12.0)
+    live.stage("probing 40 choices, for at most about 60 s")
+    live.step("latency: prune.ratio@stages.0.0.conv1 = 0.5", 10, 40, 33.0)
+    for width in (60, 100, 160):
+        rows = drawn(known, width, 20.0).splitlines()
+        assert all(len(row) <= width for row in rows)
+        assert any("prune.ratio@stages.0.0.conv1 = 0.5" in row for row in rows)
+        assert any("10 of 40" in row and "about 33s left" in row for row in rows) or width == 60
+    live.stage("next")
+    assert "10 of 40" not in drawn(known, 100)
+
+
+def test_without_a_terminal_steps_are_told_now_and_then():
+    file, clocked = io.StringIO(), [0.0]
+    with Live(progress(), Console(file=file), now=lambda: clocked[0]) as live:
+        live.stage("probing 40 choices")
+        for done in range(40):
+            live.step(f"quality: gene = {done}", done, 40, 40.0 - done)
+            clocked[0] += 1.0
+    assert file.getvalue().splitlines() == [
+        "probing 40 choices",
+        *(f"probing 40 choices: {n} of 40, about {40 - n}s left: quality: gene = {n}" for n in (10, 20, 30)),
+    ]
+
+
 def test_an_ascii_file_gets_ascii():
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="ascii")

@@ -233,7 +233,19 @@ def facts(work):
 
 def test_what_never_pays_leaves_the_space(work, space, tmp_path, monkeypatch):
     said = []
-    found = probe(work, space, facts(work), (), seconds=60, folder=tmp_path, say=said.append)
+    steps: list[tuple[str, int, int, float]] = []
+    found = probe(
+        work, space, facts(work), (), seconds=60, folder=tmp_path, say=said.append, step=lambda *one: steps.append(one)
+    )
+    names = [gene.name for gene in space.genes]
+    assert steps[0][:2] == ("the network as it is", 0)
+    for what in ("latency", "quality"):
+        told = [step for step in steps if step[0].startswith(f"{what}: ")]
+        assert told
+        assert [done for _, done, _, _ in told] == list(range(len(told)))
+        assert {total for _, _, total, _ in told} == {len(told)}
+        assert all(words.split(": ")[1].split(" = ")[0] in names for words, _, _, _ in told)
+    assert all(0 <= left <= 60 for _, _, _, left in steps)
     by = {(one.gene, one.choice): one for one in found.probed}
     wanted = {(g.name, c) for g in space.genes for c in g.choices[1:] if g.op != "distill"}
     assert set(by) == wanted
