@@ -6,7 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from autocompress.types import Profile, Record
+from autocompress.types import Profile, Record, TrialFailure, UserError
+
+
+class Unreachable(TrialFailure):
+    """The target does not answer: its queue pauses and is tried again. It says nothing of the file."""
+
+
+class AllAway(UserError):
+    """No device of the search has answered for as long as it waits: it stops, and a resume goes on from there."""
+
+
+def host_of(profile: Profile) -> str:
+    """The host that a profile measures on, empty for this one: one measurement at a time runs on each."""
+    reach = profile.reach
+    return reach.ssh or reach.adb or reach.resource
 
 
 class Samples(Record):
@@ -17,6 +31,7 @@ class Samples(Record):
     memory_mb: dict[str, float] = {}  # peak of a process that runs the file, beyond what it needs without
     energy_mj: dict[str, float] = {}  # of one run
     blocks: int = 0  # each file's times fall into this many equal consecutive blocks, one per round; 0: not known
+    waited_s: float = 0.0  # before the timing began, for another measurement on that host
     disturbed: float = 0.0  # share of the runs in which another process had one of the cores, where that is known
 
 
@@ -33,6 +48,18 @@ class Device(Protocol):
     def time(self, models: Sequence[Path], *, rounds: int, seconds: float, cores: Sequence[int] = ()) -> Samples:
         """Time the files against one another, interleaved, for `rounds` blocks or until `seconds` are over.
 
-        Raises TrialFailure if a file cannot be loaded or run there.
+        Raises TrialFailure if a file cannot be loaded or run there, Unreachable if the target does not answer.
+        """
+        ...
+
+
+@runtime_checkable
+class TellsMemory(Protocol):
+    """A device that can also say what memory a file takes; it costs a process per file, so it is asked for apart."""
+
+    def memory(self, models: Sequence[Path]) -> dict[str, float]:
+        """Peak megabytes (1e6) of a fresh process that loads and runs a file, beyond one with the runtime alone.
+
+        Keyed by the file's path as given; empty where the target does not tell. Raises as `Device.time`.
         """
         ...
