@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autocompress import load, onnxfile
-from autocompress.devices import Device
+from autocompress.devices import Device, host_of
 from autocompress.devices.cores import CorePlan, plan_cores
 from autocompress.devices.fingerprint import resolve_local, short
 from autocompress.devices.gate import Gate, HostLock
@@ -125,12 +125,20 @@ class Station:
             raise UserError(f"the station has no profile {profile_name!r}, only {', '.join(self._devices)}") from None
 
     def _cores(self, profile_name: str) -> tuple[int, ...]:
-        """Always the last cores of the station, so that a profile's readings do not depend on its neighbours."""
+        """Always the last cores of the station, so that a profile's readings do not depend on its neighbours.
+
+        None for a target that is not this host: cores are chosen there.
+        """
+        if host_of(self._profiles[profile_name]):
+            return ()
         return self.plan.station[-self._profiles[profile_name].threads :]
 
     @contextmanager
     def _alone(self, profile_name: str) -> Iterator[None]:
-        """Hold the host, and in a quiet phase wait for the trainers to pause."""
+        """Hold the host, and in a quiet phase wait for the trainers to pause; another host has a lock of its own."""
+        if host_of(self._profiles[profile_name]):
+            yield
+            return
         try:
             quiet = self._gate.quiet(PATIENCE_S) if self._gate else nullcontext()
             with self._lock.held(f"profile {profile_name}", PATIENCE_S), quiet:
@@ -165,7 +173,7 @@ class Station:
             window = self._window(device, model, 2 * seconds, cores)
         reading = window.reading(
             profile_name,
-            seconds=time.perf_counter() - began,
+            seconds=time.perf_counter() - began - window.waited_s,
             quiet=self.plan.quiet,
             cores=cores,
             host=short(self.fingerprint(profile_name)),
@@ -177,9 +185,9 @@ class Station:
         """Repeat until the ratio's interval is narrow or the seconds are over."""
         window, rounds, began = Window(model, self.baseline), 2 * MIN_BLOCKS, time.perf_counter()
         while True:
-            left = seconds - (time.perf_counter() - began)
+            left = seconds - (time.perf_counter() - began - window.waited_s)
             window.add(device.time([self.baseline, model], rounds=rounds, seconds=max(left, 0.0), cores=cores))
-            spent = time.perf_counter() - began
+            spent = time.perf_counter() - began - window.waited_s
             enough = window.blocks >= MIN_BLOCKS and spent >= seconds
             if window.narrow or enough or spent > max(LONGEST_S, seconds):
                 return window

@@ -91,6 +91,7 @@ class Window:
         self.middles_ms: tuple[list[float], list[float]] = ([], [])  # medians of their blocks
         self.parts_ms: list[np.ndarray] = []  # the model's times, block by block
         self.load_ms = 0.0
+        self.waited_s = 0.0  # for other measurements on the target
         self.memory_mb: float | None = None
         self.energy_mj: float | None = None
         self._disturbed = 0.0  # runs
@@ -102,6 +103,7 @@ class Window:
             self.middles_ms[i].extend(float(np.median(part)) for part in parts(samples, name))
         self._disturbed += samples.disturbed * sum(len(samples.times_ms[name]) for name in self._names)
         self.parts_ms += parts(samples, self._names[0])
+        self.waited_s += samples.waited_s
         self.load_ms = max(self.load_ms, samples.load_ms.get(self._names[0], 0.0))
         self.memory_mb = samples.memory_mb.get(self._names[0], self.memory_mb)
         self.energy_mj = samples.energy_mj.get(self._names[0], self.energy_mj)
