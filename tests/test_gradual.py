@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
+import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from autocompress import artifact, journal, reuse
+from autocompress.controller import trial_seed
 from autocompress.models.attention import unfold
 from autocompress.models.convnet import ConvNet
 from autocompress.models.coupling import Coupling
@@ -19,7 +27,7 @@ from autocompress.models.groups import Group, choose
 from autocompress.models.slicing import Cut, apply
 from autocompress.ops import TrainOp, gradual
 from autocompress.ops.prune import Prune
-from autocompress.parts import make_ops
+from autocompress.parts import make_ops, parts
 from autocompress.pipeline import (
     Evaluator,
     Shaped,
@@ -31,7 +39,10 @@ from autocompress.pipeline import (
     reshape,
     shape,
     training,
+    weights_of,
 )
+from autocompress.run import make_work, one_thread
+from autocompress.space import decode
 from autocompress.stages import answers
 from autocompress.store import Store
 from autocompress.tasks import InputSpec
@@ -39,7 +50,22 @@ from autocompress.tasks.digits import Digits
 from autocompress.tasks.recipe import recipe
 from autocompress.testing import check_op
 from autocompress.train import Training
-from autocompress.types import Candidate, Policy, Profile, Receipt, Rule, State, UserError
+from autocompress.types import (
+    Candidate,
+    Cost,
+    Fidelity,
+    Gene,
+    Job,
+    LimitError,
+    Policy,
+    Profile,
+    Receipt,
+    Rule,
+    Space,
+    State,
+    UserError,
+)
+from tests.small_search import job
 from tests.test_groups import Kinds
 from tests.test_pipeline import Clock, assignment
 
@@ -381,3 +407,74 @@ def test_a_trial_goes_rung_by_rung_beside_all_other_ops(work, tmp_path):
     load_weights(module, files.get(done.files["weights"]))
     first_readings = {key: reading.ms.value for key, reading in first[1].readings.items()}
     assert first_readings == {key: reading.ms.value for key, reading in done.readings.items()}
+
+
+# --- a search -----------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from autocompress.run import resume, run
+from tests.test_gradual import BUILDER, searched, SPACE
+if __name__ == "__main__":
+    made = {"builder": BUILDER, "space": SPACE, "serial": True, "console": Console(quiet=True)}
+    run(searched(Path(sys.argv[1])), **made) if sys.argv[2] == "run" else resume(Path(sys.argv[1]), **made)
+"""
+SPACE = Space(
+    name="gradual",
+    genes=(
+        Gene(name="ratio", kind="policy", choices=(0.0, 0.5), site=".", op="prune", param="ratio"),
+        Gene(name="schedule", kind="policy", choices=("gradual",), site=".", op="prune", param="schedule"),
+    ),
+)
+
+
+def searched(out: Path) -> Job:
+    """One gradual candidate, two rungs, the first one in the middle of the ramp."""
+    fidelity = Fidelity(full_epochs=2.0, rungs=(0.2, 1.0), keep=1.0)
+    made = job(out, fidelity=fidelity, cost=Cost(trials=1, minutes=5))
+    return made.model_copy(update={"model": made.model.model_copy(update={"epochs": 1.0})})
+
+
+def test_killed_between_rungs_it_ends_as_if_nothing_had_been_and_its_policy_goes_on(tmp_path):
+    out = tmp_path / "killed"
+    script = tmp_path / "drive.py"
+    script.write_text(SCRIPT)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen([sys.executable, str(script), str(out), "run"], env=env)
+    path, deadline = out / "journal.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and any(event["state"] == "rung" for event in journal.read(path).events):
+            break
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    before = [event["state"] for event in journal.read(path).events if event["number"] == 1]
+    assert before[-1] == "rung", before
+    assert subprocess.run([sys.executable, str(script), str(out), "resume"], env=env, check=False).returncode == 0
+
+    events = journal.read(path).events
+    parent = load_weights(BUILDER.build({}), (out / "baseline" / "weights.safetensors").read_bytes())
+    uncut = make_work(parts(searched(out), builder=BUILDER, space=SPACE), parent, bf16=events[0]["facts"]["bf16"])
+    one = assignment(decode(SPACE, (1, 0)), rungs=(0.2, 1.0), seed=trial_seed(0, 1))
+    with one_thread():
+        *_, (_, expected) = Evaluator(uncut, (), Store(tmp_path / "uncut"), Clock()).evaluate(one)
+    (done,) = (event["outcome"] for event in events if event["number"] == 1 and event["state"] == "done")
+    for key in ("weights", "receipts"):
+        assert done["files"][key] == expected.files[key]
+
+    (made,) = [path.parent for path in out.glob("*/local-1t/policy.json")]
+    (kept,) = artifact.read(made).policy.receipts[-1].entries
+    assert (kept.status, kept.asked) == ("done", {"ratio": 0.5, "schedule": "gradual"})
+    assert reuse.apply(made, model=BUILDER).byte_equal
+    torch.manual_seed(9)
+    other = BUILDER.build({})
+    Training(other, TASK, epochs=1, seed=9).run_to(1.0)
+    (tmp_path / "next.safetensors").write_bytes(weights_of(other))
+    with contextlib.suppress(LimitError):  # a busy machine may not certify it; it is written all the same
+        reuse.apply(made, weights=tmp_path / "next.safetensors", out=tmp_path / "next", max_drop=0.9, model=BUILDER)
+    (again,) = artifact.read(tmp_path / "next").policy.receipts[-1].entries
+    assert again.achieved == kept.achieved
+    assert again.facts["cuts"] != kept.facts["cuts"], "chosen by the new weights"
+    assert reuse.apply(tmp_path / "next", model=BUILDER).byte_equal
