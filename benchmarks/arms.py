@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from oneshot import SEED, Bench, everywhere
+from oneshot import Bench, everywhere
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -109,7 +109,7 @@ class Lab(Bench):
 
     def shaped(self, policy: Policy) -> Shaped:
         """Our structure before training, for references that differ in how it is filled or trained."""
-        torch.manual_seed(SEED)
+        torch.manual_seed(self.seed)
         return shape(self.work, Candidate(arch={}, policy=policy))
 
     @cached_property
@@ -134,12 +134,12 @@ class Lab(Bench):
 
     def train(self, module: nn.Module, lr: float | None = None) -> nn.Module:
         """The recipe of every trained arm: distillation by responses; `lr` where ours is not the full rate."""
-        torch.manual_seed(SEED)
+        torch.manual_seed(self.seed)
         kept = Training(
             module,
             self.task,
             epochs=self.work.epochs,
-            seed=SEED,
+            seed=self.seed,
             teacher=self.work.parent,
             lr=lr,
             bf16=self.bf16,
@@ -165,7 +165,7 @@ class Lab(Bench):
         learn beside the network.
         """
         asked = recipe(self.task)
-        torch.manual_seed(SEED)
+        torch.manual_seed(self.seed)
         module = channels_last(module).train()
         parameters = [*module.parameters(), *more]
         groups: list[dict[str, Any]] = [
@@ -178,17 +178,17 @@ class Lab(Bench):
             optimizer = torch.optim.SGD(groups, lr=asked.lr, momentum=asked.momentum, nesterov=True)
         # as many steps as ours, in the precision that it would choose
         narrow = self.bf16 if bf16 is None else bf16
-        ours = Training(module, self.task, epochs=self.work.epochs, seed=SEED, bf16=narrow)
+        ours = Training(module, self.task, epochs=self.work.epochs, seed=self.seed, bf16=narrow)
         step = 0
         while step < ours.total:
-            passes = self.task.batches("train", asked.batch, seed=draw(SEED, 0, step // ours.steps_per_epoch))
+            passes = self.task.batches("train", asked.batch, seed=draw(self.seed, 0, step // ours.steps_per_epoch))
             for batch, targets in passes:
                 inputs = tuple(
                     one.contiguous(memory_format=torch.channels_last) if one.ndim == 4 else one
                     for one in several(batch)
                 )
                 before(step / ours.total)
-                torch.manual_seed(draw(SEED, 1, step))
+                torch.manual_seed(draw(self.seed, 1, step))
                 for group in optimizer.param_groups:
                     group["lr"] = (lr or asked.lr) * one_cycle(step, ours.total)
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
@@ -232,13 +232,17 @@ class Lab(Bench):
 
         return Found(self.task.right(predict, "test"))
 
-    def ours(self, arm: Arm) -> tuple[dict[str, Any], Policy, bytes]:
-        """The row of an arm as far as it is ours, its policy and its file."""
-        started = time.perf_counter()
+    def policy(self, arm: Arm) -> Policy:
+        """The arm's rules, with distillation by responses where it trains and says nothing else."""
         rules = arm.rules(self.builder.sites())
         if arm.trained and not any(rule.op == "distill" for rule in rules):
             rules = [*rules, Rule(site=".", op="distill", settings=dict(DISTILL))]
-        policy = Policy(rules=tuple(rules))
+        return Policy(rules=tuple(rules))
+
+    def ours(self, arm: Arm) -> tuple[dict[str, Any], Policy, bytes]:
+        """The row of an arm as far as it is ours, its policy and its file."""
+        started = time.perf_counter()
+        policy = self.policy(arm)
         done = self.apply(policy)
         row = self.row(arm.name, done.model, time.perf_counter() - started)
         stored = len(storage(done.model, codecs_of(done.receipts))) / self.baseline.stat().st_size

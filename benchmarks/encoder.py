@@ -256,13 +256,6 @@ ENCODER_ARMS = (
         beside="onnxconverter-common",
     ),
     Arm(
-        "bfloat16",
-        rows_of("quantize", bits="bfloat16"),
-        trained=False,
-        reference=by.bfloat,
-        beside="torch's autocast",
-    ),
-    Arm(
         "store: k-means codebook",
         all_of("store", codec="codebook"),
         trained=False,

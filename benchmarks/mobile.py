@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import OrderedDict
+from typing import Any
 
 import references as by
 import torch
@@ -131,6 +132,32 @@ def mobilenet() -> nn.Module:
         save_file({name: one.detach().contiguous() for name, one in module.state_dict().items()}, kept)
     module.load_state_dict(load_file(kept))
     return module.eval()
+
+
+SPREAD = 3
+"""Channels of the unequal network differ by powers of two up to this one, either way."""
+
+
+def unequal() -> nn.Module:
+    """The same function from channels of unequal size, what training with other recipes leaves behind by itself.
+
+    Every batch norm's channels are multiplied by random powers of two and the next layer's weights divided by them:
+    the float answers stay the same, one step per tensor fits no longer (Nagel et al. 2019, figures 2 and 3).
+    """
+    module = mobilenet()
+    generator = torch.Generator().manual_seed(SEED)
+    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+    layers: list[Any] = [part for _, part in by.layers_of(module)][1:]
+    with torch.no_grad():
+        for norm, layer in zip(norms, layers, strict=True):
+            scale = torch.exp2(torch.randint(-SPREAD, SPREAD + 1, norm.weight.shape, generator=generator).float())
+            norm.weight.mul_(scale)
+            norm.bias.mul_(scale)
+            depthwise = isinstance(layer, nn.Conv2d) and layer.groups > 1
+            layer.weight.div_(
+                scale.view(-1, 1, 1, 1) if depthwise else scale.view(1, -1, *[1] * (layer.weight.ndim - 2))
+            )
+    return module
 
 
 if __name__ == "__main__":

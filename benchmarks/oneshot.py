@@ -140,10 +140,17 @@ class Bench:
     """One network: its fp32 file is what everything is held against."""
 
     def __init__(
-        self, name: str, parent: nn.Module, epochs: float, task: Measured, console: Console, types: tuple[str, ...] = ()
+        self,
+        name: str,
+        parent: nn.Module,
+        epochs: float,
+        task: Measured,
+        console: Console,
+        types: tuple[str, ...] = (),
+        seed: int = SEED,
     ) -> None:
         """`types`: number formats that the profile is asked to allow beside those it says it is good at."""
-        self.name, self.task, self.console = name, task, console
+        self.name, self.task, self.console, self.seed = name, task, console, seed
         self.profile = resolve_local(load.profile("local-1t"))
         self.profile = self.profile.model_copy(update={"types": (*self.profile.types, *types)})
         self.builder = Foreign.of(parent, task.input)
@@ -169,7 +176,6 @@ class Bench:
         right = self.task.right(export.predictor(model), "test")
         lost = (self.right.astype(float) - right.astype(float)) * 100
         drop, error = float(lost.mean()), float(lost.std(ddof=1) / np.sqrt(len(lost)))
-        reading = self.station.session(self.profile.name, model)
         row = {
             "network": self.name,
             "arm": arm,
@@ -179,14 +185,9 @@ class Bench:
             "drop_high": drop + 1.96 * error,
             "size_mb": len(model) / 1e6,
             "size_ratio": len(model) / self.baseline.stat().st_size,
-            "ms": reading.ms.value,
-            "speedup": reading.speedup,
-            "speedup_low": 1 / reading.ratio.high,
-            "speedup_high": 1 / reading.ratio.low,
             "samples": len(right),
-            "timed": reading.samples,
-            "noisy": reading.noisy,
             "seconds": round(seconds, 1),
+            **self.speed(model),
         }
         self.console.print(
             f"{self.name} {arm}: {row['quality']:.4f}, {drop:+.2f} points lost "
@@ -194,6 +195,18 @@ class Bench:
             highlight=False,
         )
         return row
+
+    def speed(self, model: bytes) -> dict[str, Any]:
+        """Latency of a file in turn with fp32, by a fresh process."""
+        reading = self.station.session(self.profile.name, model)
+        return {
+            "ms": reading.ms.value,
+            "speedup": reading.speedup,
+            "speedup_low": 1 / reading.ratio.high,
+            "speedup_high": 1 / reading.ratio.low,
+            "timed": reading.samples,
+            "noisy": reading.noisy,
+        }
 
     def rows(self, only: str | None) -> Iterator[dict[str, Any]]:
         """All arms, or those whose name contains `only`."""
@@ -210,10 +223,10 @@ class Bench:
 
     def apply(self, policy: Policy) -> Release:
         """The whole path of a candidate: decide, enact, train where the arm trains, settle, export, quantize."""
-        torch.manual_seed(SEED)
+        torch.manual_seed(self.seed)
         shaped = shape(self.work, Candidate(arch={}, policy=policy))
         if policy.of("distill"):
-            training(self.work, shaped, policy, SEED).run_to(1.0)
+            training(self.work, shaped, policy, self.seed).run_to(1.0)
         settled = shaped.settle(self.work)
         (done,) = release(self.work, settled.module, policy, learned=settled.ranges()).values()
         return done
@@ -223,8 +236,8 @@ class Bench:
         rules = (*everywhere("quantize", self.builder.sites(), bits="int8"), DISTILL)
         policy = Policy(rules=rules)
         shaped = Shaped(pruned_by_hand(self.work.parent), ())
-        torch.manual_seed(SEED)
-        training(self.work, shaped, policy, SEED).run_to(1.0)
+        torch.manual_seed(self.seed)
+        training(self.work, shaped, policy, self.seed).run_to(1.0)
         (done,) = release(self.work, shaped.module, policy).values()
         return done.model
 

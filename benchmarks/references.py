@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.nn import functional
 from torch.nn.utils import prune as torch_prune
 
+from autocompress.ops.chain import Split
 from autocompress.ops.quantize import IMAGES
 from autocompress.tasks import several
 from autocompress.train import reestimate_batchnorm
@@ -106,14 +107,14 @@ def thinned(method: str, *, data: bool = False) -> Reference:
     al. 2025, "SVD-LLM", section 3.1), with a hundred-thousandth of the mean added to the diagonal.
     """
 
-    def factors(layer: Layer, split: Mapping[str, Any], inputs: Tensor | None) -> list[NDArray[np.float64]]:
-        weight, rank = weight_of(layer), split["rank"]
+    def factors(layer: Layer, split: Split, inputs: Tensor | None) -> list[NDArray[np.float64]]:
+        weight, rank = weight_of(layer), split.rank
         outputs, entering, *kernel = weight.shape
-        if split["method"] == "tucker":
+        if split.method == "tucker":
             decompose = library("tensorly.decomposition", "tensorly").partial_tucker
-            (core, (out, into)), _ = decompose(weight, rank=[rank, split["inner"]], modes=[0, 1])
+            (core, (out, into)), _ = decompose(weight, rank=[rank, split.inner], modes=[0, 1])
             return [into.T[:, :, None, None], core, out[:, :, None, None]]
-        if split["method"] == "spatial":
+        if split.method == "spatial":
             high, wide = kernel
             flat = weight.transpose(0, 3, 1, 2).reshape(outputs * wide, entering * high)
             second, first = halved(flat, rank)
@@ -132,14 +133,16 @@ def thinned(method: str, *, data: bool = False) -> Reference:
 
     def make(lab: Lab, policy: Policy) -> bytes:
         shaped = lab.shaped(policy)
-        splits = [split for r in shaped.receipts for entry in r.entries for split in entry.facts.get("splits", ())]
-        wanted = [split for split in splits if split["method"] == method or len(split["shape"]) == 2]
-        assert len(wanted) == len(splits)
+        raw = [
+            split for receipt in shaped.receipts for entry in receipt.entries for split in entry.facts.get("splits", ())
+        ]
+        splits = [Split.model_validate(split) for split in raw]
+        assert all(split.method == method or len(split.shape) == 2 for split in splits)
         parent, module = lab.work.parent, shaped.module
         for split in splits:
-            layer: Any = parent.get_submodule(split["layer"])
-            found = factors(layer, split, entering(lab, split["layer"]) if data else None)
-            chain: Any = module.get_submodule(split["layer"])
+            layer: Any = parent.get_submodule(split.layer)
+            found = factors(layer, split, entering(lab, split.layer) if data else None)
+            chain: Any = module.get_submodule(split.layer)
             for part, weight in zip(chain, found, strict=True):
                 part.weight.data.copy_(torch.from_numpy(np.ascontiguousarray(weight)))
             if chain[-1].bias is not None:
@@ -241,14 +244,26 @@ def ramped(ratio: float, penalty: str = "none") -> Reference:
 
 
 def two_of_four(lab: Lab, policy: Policy) -> bytes:
-    """torch.ao.pruning's WeightNormSparsifier, two of four neighbours in a row of the flattened weight."""
+    """torch.ao.pruning's WeightNormSparsifier: two of four neighbours along the input channels.
+
+    It takes matrices only (torch 2.13), so it sees kernels as rows of input channels, one row per output and tap.
+    """
     module = lab.copy()
-    names = [name for name, layer in layers_of(module) if layer.weight.shape[1] % 4 == 0]
+    layers = {name: layer for name, layer in layers_of(module) if layer.weight.shape[1] % 4 == 0}
+    flat = {name: layer.weight.detach().movedim(1, -1) for name, layer in layers.items()}
+    rows = nn.ModuleList(nn.Linear(one.shape[-1], one.numel() // one.shape[-1], bias=False) for one in flat.values())
+    for row, one in zip(rows, flat.values(), strict=True):
+        row.weight.data = one.reshape(row.weight.shape).clone()  # type: ignore[union-attr, operator]
     sparsifier = WeightNormSparsifier(sparsity_level=1.0, sparse_block_shape=(1, 4), zeros_per_block=2)
-    sparsifier.prepare(module, [{"tensor_fqn": f"{name}.weight"} for name in names])
+    sparsifier.prepare(rows, [{"tensor_fqn": f"{index}.weight"} for index in range(len(rows))])
     sparsifier.step()
-    lab.loop(module, lab.response, lr=lab.rate(policy))
     sparsifier.squash_mask()
+    for row, (name, layer) in zip(rows, layers.items(), strict=True):
+        kept: Any = row.weight != 0
+        torch_prune.custom_from_mask(layer, "weight", kept.reshape(flat[name].shape).movedim(-1, 1).float())
+    lab.loop(module, lab.response, lr=lab.rate(policy))
+    for layer in layers.values():
+        torch_prune.remove(layer, "weight")
     return lab.float_file(module)
 
 
@@ -322,18 +337,6 @@ def half(lab: Lab, policy: Policy) -> bytes:  # noqa: ARG001
     """onnxconverter-common's float16."""
     convert = library("onnxconverter_common.float16", "onnxconverter-common").convert_float_to_float16
     return convert(onnx.load_from_string(lab.baseline.read_bytes()), keep_io_types=True).SerializeToString()
-
-
-def bfloat(lab: Lab, policy: Policy) -> Found:  # noqa: ARG001
-    """torch's autocast to bfloat16."""
-    module = lab.copy()
-
-    class Narrow(nn.Module):
-        def forward(self, *inputs: Tensor) -> Tensor:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                return several(module(*inputs))[0].float()
-
-    return lab.seen(Narrow())
 
 
 def simulated(lab: Lab, policy: Policy) -> Found:

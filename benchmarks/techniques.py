@@ -3,9 +3,10 @@
     AUTOCOMPRESS_DATA=FOLDER python benchmarks/techniques.py [--network 20] [--epochs 0.5] [--arm TEXT] [--json FILE]
 
 Networks: `20` and `56`, trained CIFAR ResNets; `text`, a small BERT that is trained on SST-2 first; `mobile`, a small
-MobileNet that is trained on CIFAR-10 first. Every row applies one technique; those marked * are followed by the same
-short distillation (`--epochs`). Figures as in `benchmarks/oneshot.py`: the ONNX file on the test split (CIFAR: images
-5000-9999), drops as paired differences to fp32 with 95 % intervals, latency in turn with fp32. A reference is another
+MobileNet that is trained on CIFAR-10 first; `unequal`, the same function from channels of unequal size. Every row
+applies one technique; those marked * are followed by the same short distillation (`--epochs`). Figures as in
+`benchmarks/oneshot.py`: the ONNX file on the test split (CIFAR: images 5000-9999), drops as paired differences to fp32
+with 95 % intervals, latency in turn with fp32. A reference is another
 library's way to the same thing, or a paper's formula by hand, on the same network with the same recipe
 (`references.py`, which says what to install for them); `within` says whether ours is at most one standard error of the
 paired difference worse. Where there is no reference the row says why.
@@ -29,7 +30,7 @@ import torch_pruning as tp
 from arms import DISTILL, Arm, Lab, Rules, all_of, both, every_second, rows_of, table
 from cifar import Cifar, resnet
 from encoder import ENCODER_ARMS, Sentences, encoder
-from mobile import MOBILE_ARMS, mobilenet
+from mobile import MOBILE_ARMS, mobilenet, unequal
 from rich.console import Console
 
 from autocompress.types import Rule, Site
@@ -282,28 +283,39 @@ ARMS = (
 )
 
 
-def lab(network: str, epochs: float, train: int, console: Console) -> tuple[Lab, tuple[Arm, ...]]:
+def lab(network: str, epochs: float, train: int, seed: int, console: Console) -> tuple[Lab, tuple[Arm, ...]]:
     """A network and what is done to it."""
     if network == "text":
         task = Sentences.sst2()
-        return Lab("BERT", encoder(task), epochs, task, console, ("float16", "bfloat16")), ENCODER_ARMS
+        return Lab("BERT", encoder(task), epochs, task, console, ("float16",), seed), ENCODER_ARMS
+    pictures = Cifar(train)
     if network == "mobile":
-        return Lab("MobileNet", mobilenet(), epochs, Cifar(train), console), MOBILE_ARMS
-    depth = int(network)
-    return Lab(f"ResNet-{depth}", resnet(depth), epochs, Cifar(train), console, ("float16", "bfloat16")), ARMS
+        return Lab("MobileNet", mobilenet(), epochs, pictures, console, (), seed), MOBILE_ARMS
+    if network == "unequal":
+        return Lab("unequal MobileNet", unequal(), epochs, pictures, console, (), seed), MOBILE_ARMS
+    return Lab(f"ResNet-{network}", resnet(int(network)), epochs, pictures, console, ("float16",), seed), ARMS
+
+
+def file_of(arm: str) -> str:
+    """The name of an arm's model."""
+    return re.sub(r"[^a-z0-9]+", "-", arm.lower()) + ".onnx"
 
 
 def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", default="20", choices=("20", "56", "text", "mobile"))
+    parser.add_argument("--network", default="20", choices=("20", "56", "text", "mobile", "unequal"))
     parser.add_argument("--epochs", type=float, default=0.5)
     parser.add_argument("--train", type=int, default=50_000)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--arm", help="only arms in whose name this regular expression is found")
     parser.add_argument("--part", help="I/N: the I-th of N parts, to run in several processes")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path)
-    parser.add_argument("--join", type=Path, nargs="+", help="run nothing: the table of these JSON files")
+    parser.add_argument("--files", type=Path, help="folder that the models are kept in")
+    parser.add_argument("--resume", action="store_true", help="rows of --json whose model is in --files are kept")
+    parser.add_argument("--join", type=Path, nargs="+", help="train nothing: the table of these JSON files")
+    parser.add_argument("--retime", action="store_true", help="with --join and --files: measure the kept models again")
     parser.add_argument("--skip", help="no arms in whose name this regular expression is found")
     parser.add_argument("--go-on", action="store_true", help="a reference that fails is told, the next arm runs")
     asked = parser.parse_args()
@@ -312,12 +324,24 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     if asked.join:
         found = {row["arm"]: row for file in asked.join for row in json.loads(file.read_text())["rows"]}
-        every = {"text": ENCODER_ARMS, "mobile": MOBILE_ARMS}.get(asked.network, ARMS)
+        every = {"text": ENCODER_ARMS, "mobile": MOBILE_ARMS, "unequal": MOBILE_ARMS}.get(asked.network, ARMS)
         rows = [found[arm.name] for arm in every if arm.name in found]
+        if asked.retime and asked.files:
+            bench, _ = lab(asked.network, asked.epochs, asked.train, asked.seed, Console())
+            for row in rows:
+                if (kept := asked.files / file_of(row["arm"])).is_file():
+                    row.update(bench.speed(kept.read_bytes()))
+                    print(row["arm"], f"{row['speedup']:.2f}x", "noisy" if row["noisy"] else "")
+            bench.close()
+        if asked.json:
+            asked.json.write_text(json.dumps({"rows": rows}, indent=1))
     else:
-        bench, arms = lab(asked.network, asked.epochs, asked.train, Console())
+        bench, arms = lab(asked.network, asked.epochs, asked.train, asked.seed, Console())
         arms = tuple(arm for arm in arms if asked.arm is None or re.search(asked.arm, arm.name))
         arms = tuple(arm for arm in arms if asked.skip is None or not re.search(asked.skip, arm.name))
+        known: dict[str, dict[str, Any]] = {}
+        if asked.resume and asked.json and asked.json.is_file():
+            known = {row["arm"]: row for row in json.loads(asked.json.read_text())["rows"]}
         index, parts = map(int, asked.part.split("/")) if asked.part else (0, 1)
 
         def keep(rows: list[dict[str, Any]]) -> None:  # row by row: a long run that is cut off has said what it found
@@ -327,12 +351,20 @@ def main() -> None:
 
         try:
             for arm in arms[index::parts]:
-                row, policy, model = bench.ours(arm)
+                path = (asked.files or Path()) / file_of(arm.name)
+                if asked.resume and arm.name in known and path.is_file():
+                    row, policy, model = known[arm.name], bench.policy(arm), path.read_bytes()
+                else:
+                    row, policy, model = bench.ours(arm)
+                    if asked.files:
+                        asked.files.mkdir(parents=True, exist_ok=True)
+                        path.write_bytes(model)
                 rows.append(row)
                 keep(rows)
-                if arm.reference is not None:
+                if arm.reference is not None and "gap" not in row:
                     try:
                         row |= bench.beside(arm.reference, policy, model)
+                        row.pop("failed", None)
                     except Exception:
                         if not asked.go_on:
                             raise
