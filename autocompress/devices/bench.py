@@ -1,13 +1,24 @@
 """Times ONNX files against one another; stand-alone (numpy and onnxruntime only), started as `python -I bench.py`.
 
 A server: one JSON object per line on stdin, one JSON object per line on stdout. It runs in a process of its own so
-that a crash of the runtime ends only this process, and it can be copied to a target that has nothing else.
+that a crash of the runtime ends only this process, and it can be copied to a target that has nothing else: Python 3.9
+or later, Linux, Android or macOS (without affinity, preemption counts or /proc it does without).
 
-    first line   {"threads": 1, "provider": "CPUExecutionProvider", "options": {}, "batch": 1}
-              -> {"onnxruntime": "1.31.1", "providers": ["CPUExecutionProvider"]}
-    then         {"models": [path, ...], "rounds": 16, "seconds": 1.0, "cores": [3]}
-              -> {"times_ms": {path: [...]}, "load_ms": {path: 12.3}, "blocks": 16, "disturbed": 0.0}
-              or {"error": "load" | "run", "model": path, "reason": "..."}
+    first line   {"threads": 1, "provider": "CPUExecutionProvider", "options": {}, "batch": 1, "idle_s": 3600}
+              -> {"onnxruntime": "1.31.1", "providers": ["CPUExecutionProvider"], "affinity": true}
+    then         {"models": [path, ...], "rounds": 16, "seconds": 1.0, "cores": [3], "sha256": {path: hash}}
+              -> {"times_ms": {path: [...]}, "load_ms": {path: 12.3}, "energy_mj": {path: 1.2}, "blocks": 16,
+                  "disturbed": 0.0, "waited_s": 0.0}
+    or           {"memory": [path, ...], "cores": [3]}
+              -> {"memory_mb": {path: 4.5}}
+    or           {"have": {path: hash, ...}}
+              -> {"have": {path: true}}
+              or {"error": "load" | "run" | "changed" | "memory" | "host", "model": path, "reason": "..."}
+    before it    {"waiting": "pid 123"}, once a second while another process measures on this host
+
+`idle_s` (how long it stays without a request) and `sha256` (what the files must be when they are loaded) may be left
+out. One measurement runs on a host at a time, whoever asks: a lock on a file in the folder for temporary files, which
+the kernel releases when its holder ends.
 
 One round is one block of each file, in the order A B B A ..., so that a linear drift of the clock cancels. A block is
 about BLOCK_MS long, starts with one run that is thrown away (the other file has emptied the caches) and has the same
@@ -17,31 +28,43 @@ number of runs of a file in every round. Sessions stay loaded until a request do
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import queue
-import resource
+import re
+import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
+try:
+    import fcntl
+    import resource
+except ImportError:  # no Unix: nobody else's measurement is waited for, no preemption is seen
+    fcntl = resource = None
+
 # On a machine at load 4, one second gave the ratio intervals of 1.5, 1.1, 2.3, 3.2 % with blocks of 2, 4, 8, 16 ms.
 BLOCK_MS = 4.0
 WARM_GROUP_MS = 10.0  # warm-up goes on while a group of this length is still getting faster ...
 WARM_GAIN = 0.02  # ... by more than this share ...
 WARM_MS = 400.0  # ... and at most this long
+MEMORY_RUNS = 3
+POLL_S, SAY_S = 0.005, 1.0  # how often a lock is asked for, and how often it is said that it is waited for
 INTEGERS = {"int64": np.int64, "int32": np.int32, "int16": np.int16, "int8": np.int8, "uint8": np.uint8}
 FLOATS = {"float": np.float32, "double": np.float64, "float16": np.float16}
 
 
 class RefusedError(Exception):
-    """A file that cannot be loaded or run here; `stage` is "load" or "run"."""
+    """A file that cannot be loaded or run here; `stage` is the answer's "error"."""
 
     def __init__(self, stage: str, model: str, reason: str) -> None:
         super().__init__(reason)
@@ -100,6 +123,7 @@ class Loaded:
         self.load_ms = (time.perf_counter() - began) * 1e3
         self.path = path
         self.runs = 1
+        self.total = 0  # runs so far
         self.warmed = False
 
     def run(self, times: int) -> list[float]:
@@ -112,6 +136,7 @@ class Loaded:
                 taken.append((clock() - began) / 1e6)
         except Exception as error:
             raise RefusedError("run", self.path, str(error)) from error
+        self.total += times
         return taken
 
     def warm(self) -> None:
@@ -151,15 +176,48 @@ class Loaded:
 
 
 def preemptions() -> int:
-    """How often the system took a core from a thread of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    """How often the system took a core from a thread of this process; 0 where that is not told."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
 
 
-def measure(models: list[Loaded], rounds: int, seconds: float) -> dict[str, Any]:
+class Rapl:
+    """Energy of the processor packages, as the kernel's powercap interface tells it (Documentation/power/powercap).
+
+    Counters are microjoules and begin again at their range. `packages` is empty where there are none or they are not
+    ours to read (since Linux 5.10 only root may).
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self.packages: list[tuple[Path, int]] = []
+        for zone in sorted((root / "sys/class/powercap").glob("intel-rapl:*")):
+            try:
+                if re.fullmatch(r"intel-rapl:\d+", zone.name) and (zone / "name").read_text().startswith("package"):
+                    range_ = int((zone / "max_energy_range_uj").read_text())
+                    int((zone / "energy_uj").read_text())
+                    self.packages.append((zone / "energy_uj", range_))
+            except (OSError, ValueError):
+                self.packages = []
+                return
+
+    def read(self) -> list[int]:
+        """Microjoules of every package now."""
+        return [int(counter.read_text()) for counter, _ in self.packages]
+
+    def between(self, before: list[int], after: list[int]) -> float:
+        """Millijoules from one reading to a later one, less than a whole range apart."""
+        spans = [
+            end - begin if end >= begin else end - begin + range_
+            for begin, end, (_, range_) in zip(before, after, self.packages)  # noqa: B905  Python 3.9
+        ]
+        return sum(spans) / 1e3
+
+
+def measure(models: list[Loaded], rounds: int, seconds: float, rapl: Rapl) -> dict[str, Any]:
     """Interleaved blocks; at least one round, whatever `seconds` says."""
     for model in models:
         if not model.warmed:
             model.warm()
+    energy, ran = {model.path: 0.0 for model in models}, {model.path: model.total for model in models}
     times: dict[str, list[float]] = {model.path: [] for model in models}
     until = time.perf_counter() + seconds
     done = disturbed = 0
@@ -167,7 +225,9 @@ def measure(models: list[Loaded], rounds: int, seconds: float) -> dict[str, Any]
     try:
         while done == 0 or (done < rounds and time.perf_counter() < until):
             for model in models if done % 2 == 0 else reversed(models):
+                before = rapl.read()
                 taken, lost = model.block()
+                energy[model.path] += rapl.between(before, rapl.read())
                 times[model.path] += taken
                 disturbed += lost
             done += 1
@@ -175,13 +235,131 @@ def measure(models: list[Loaded], rounds: int, seconds: float) -> dict[str, Any]
         gc.enable()
     share = disturbed / sum(map(len, times.values()))
     load_ms = {model.path: model.load_ms for model in models}
-    return {"times_ms": times, "load_ms": load_ms, "blocks": done, "disturbed": share}
+    answer = {"times_ms": times, "load_ms": load_ms, "blocks": done, "disturbed": share}
+    if rapl.packages:
+        answer["energy_mj"] = {model.path: energy[model.path] / (model.total - ran[model.path]) for model in models}
+    return answer
 
 
 def keep_to(cores: Iterable[int]) -> None:
-    """Keep all threads of this process on these cores; those started later inherit it."""
+    """Keep all threads of this process on these cores; those started later inherit it. Nothing where that cannot be."""
+    if not AFFINITY:
+        return
     for thread in Path("/proc/self/task").iterdir():
         os.sched_setaffinity(int(thread.name), cores)
+
+
+AFFINITY = hasattr(os, "sched_setaffinity") and Path("/proc/self/task").is_dir()
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def peak_mb() -> float:
+    """The most megabytes (1e6) that this process had resident."""
+    try:
+        rows = Path("/proc/self/status").read_text().splitlines()
+        return next(int(row.split()[1]) for row in rows if row.startswith("VmHWM:")) * 1024 / 1e6
+    except (OSError, StopIteration):  # no Linux; getrusage counts bytes on macOS, kilobytes elsewhere
+        if resource is None:
+            return 0.0
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def forget_peak() -> None:
+    """Let the peak begin again from what is resident now, where the kernel can."""
+    with suppress(OSError):  # then importing took a little more than it left, and the answer is that much too small
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def tell_memory() -> None:
+    """In a process of its own: what loading and running a file takes, beyond the runtime."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    request = json.loads(sys.stdin.readline())
+    forget_peak()
+    before = peak_mb()
+    try:
+        Loaded(request["model"], request["setup"], shared_pool=False).run(MEMORY_RUNS)
+        answers.write(json.dumps({"memory_mb": max(peak_mb() - before, 0.0)}) + "\n")
+    except RefusedError as refused:
+        answers.write(json.dumps(refused.answer) + "\n")
+
+
+def memory_of(path: str, setup: dict[str, Any]) -> float:
+    """Peak of a fresh process. Raises RefusedError where it does not live to tell."""
+    request = json.dumps({"model": path, "setup": setup}) + "\n"
+    command = [sys.executable, "-I", __file__, "--memory"]
+    done = subprocess.run(command, input=request.encode(), stdout=subprocess.PIPE, check=False)
+    if not done.stdout:
+        end = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+        raise RefusedError("memory", path, f"a process that loads and runs it alone ended ({end})")
+    answer = json.loads(done.stdout)
+    if "error" in answer:
+        raise RefusedError(answer["error"], path, answer["reason"])
+    return answer["memory_mb"]
+
+
+# --- the host's lock --------------------------------------------------------------------------------------------------
+
+
+def common(name: str) -> int:
+    """A file of the folder for temporary files that every user may lock.
+
+    Opened before it is created: in a sticky folder Linux forbids to open another's file with O_CREAT
+    (fs.protected_regular).
+    """
+    folder = "/tmp" if os.access("/tmp", os.W_OK | os.X_OK) else tempfile.gettempdir()
+    path, plain = os.path.join(folder, name), getattr(os, "O_NOFOLLOW", 0) | os.O_CLOEXEC  # noqa: PTH118
+    for _ in range(100):
+        try:
+            return os.open(path, os.O_RDWR | plain)
+        except FileNotFoundError:
+            pass
+        try:
+            made = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | plain, 0o666)
+        except FileExistsError:
+            continue
+        os.fchmod(made, 0o666)  # whatever the umask
+        return made
+    raise OSError(f"{path} comes and goes")
+
+
+@contextmanager
+def turn(say: Callable[[str], None]) -> Iterator[float]:
+    """Hold this host's lock; gives the seconds that it was waited for.
+
+    Whoever waits holds the place in the queue, so that one that measures again and again lets others in.
+    """
+    if fcntl is None:
+        yield 0.0
+        return
+    place, lock = common("autocompress-queue.lock"), common("autocompress-measuring.lock")
+    try:
+        began = said = time.monotonic()
+        for descriptor in (place, lock):
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    now = time.monotonic()
+                    if now - said > SAY_S:
+                        said = now
+                        told = os.pread(lock, 20, 0)
+                        say(f"pid {int(told)}" if told.isdigit() else "another process")
+                    time.sleep(POLL_S)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        fcntl.flock(place, fcntl.LOCK_UN)
+        yield time.monotonic() - began
+        os.ftruncate(lock, 0)
+    finally:
+        os.close(place)
+        os.close(lock)
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
 
 
 def requests() -> queue.Queue[str]:
@@ -197,36 +375,91 @@ def requests() -> queue.Queue[str]:
     return lines
 
 
+def is_it(path: str, expected: str) -> bool:
+    """Whether a file is there and what its sha256 says."""
+    found = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123
+            for piece in iter(lambda: file.read(1 << 20), b""):
+                found.update(piece)
+    except OSError:
+        return False
+    return found.hexdigest() == expected
+
+
+def check(hashes: dict[str, str]) -> None:
+    """Raise RefusedError for a file that is not what its sha256 says."""
+    for path, expected in hashes.items():
+        if not is_it(path, expected):
+            raise RefusedError("changed", path, "it is not, or no longer, what was copied there")
+
+
+class Server:
+    """What is loaded, and the answers to requests."""
+
+    def __init__(self, setup: dict[str, Any]) -> None:
+        self.setup = setup
+        self.inherited = sorted(os.sched_getaffinity(0)) if AFFINITY else []
+        # One pool for all sessions: with a pool each, one session's idle workers spin on the cores that the next one
+        # needs (two threads, a small file beside a larger one, interleaved over alone: 1.17 with a pool each, 1.00
+        # with one).
+        self.shared_pool = setup["threads"] > 1 and hasattr(ort, "set_global_thread_pool_sizes")
+        if self.shared_pool:
+            ort.set_global_thread_pool_sizes(setup["threads"], 1)
+        self.rapl = Rapl()
+        self.loaded: dict[str, Loaded] = {}
+        self.cores: list[int] = []
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Of one request, when it is our turn."""
+        if request.get("cores", []) != self.cores:
+            self.cores = request["cores"]
+            keep_to(self.cores or self.inherited)
+        try:
+            if "memory" in request:
+                check(request.get("sha256", {}))
+                return {"memory_mb": {path: memory_of(path, self.setup) for path in request["memory"]}}
+            wanted: list[str] = request["models"]
+            loaded = self.loaded
+            loaded = {path: old for path, old in loaded.items() if path in wanted and old.identity == identity(path)}
+            self.loaded = loaded
+            missing = [path for path in wanted if path not in loaded]
+            if missing:
+                check(request.get("sha256", {}))
+            for path in missing:
+                loaded[path] = Loaded(path, self.setup, self.shared_pool)
+            return measure([loaded[path] for path in wanted], request["rounds"], request["seconds"], self.rapl)
+        except RefusedError as refused:
+            return refused.answer
+
+
 def main() -> None:
-    """Serve until stdin ends."""
+    """Serve until stdin ends, or nobody asks for long."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what native code prints must not look like an answer
     lines = requests()
     setup = json.loads(lines.get())
-    inherited = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    # One pool for all sessions: with a pool each, one session's idle workers spin on the cores that the next one needs
-    # (two threads, a small file beside a larger one, interleaved over alone: 1.17 with a pool each, 1.00 with one).
-    shared_pool = setup["threads"] > 1 and hasattr(ort, "set_global_thread_pool_sizes")
-    if shared_pool:
-        ort.set_global_thread_pool_sizes(setup["threads"], 1)
-    hello = {"onnxruntime": ort.__version__, "providers": ort.get_available_providers()}
-    answers.write(json.dumps(hello) + "\n")
-    loaded: dict[str, Loaded] = {}
-    cores: list[int] = []
-    while True:
-        request = json.loads(lines.get())
-        if request["cores"] != cores:
-            cores = request["cores"]
-            keep_to(cores or inherited)
-        wanted: list[str] = request["models"]
-        try:
-            loaded = {path: old for path, old in loaded.items() if path in wanted and old.identity == identity(path)}
-            loaded |= {path: Loaded(path, setup, shared_pool) for path in wanted if path not in loaded}
-            answer = measure([loaded[path] for path in wanted], request["rounds"], request["seconds"])
-        except RefusedError as refused:
-            answer = refused.answer
+    server = Server(setup)
+
+    def write(answer: dict[str, Any]) -> None:
         answers.write(json.dumps(answer) + "\n")
+
+    write({"onnxruntime": ort.__version__, "providers": ort.get_available_providers(), "affinity": AFFINITY})
+    while True:
+        try:
+            request = json.loads(lines.get(timeout=setup.get("idle_s")))
+        except queue.Empty:
+            return
+        if "have" in request:
+            write({"have": {path: is_it(path, expected) for path, expected in request["have"].items()}})
+            continue
+        try:
+            with turn(lambda who: write({"waiting": who})) as waited:
+                answer = server.answer(request)
+        except OSError as error:
+            answer, waited = {"error": "host", "model": "", "reason": str(error)}, 0.0
+        write({**answer, "waited_s": waited} if "times_ms" in answer else answer)
 
 
 if __name__ == "__main__":
-    main()
+    tell_memory() if "--memory" in sys.argv else main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import selectors
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ BENCH = Path(__file__).with_name("bench.py")
 
 
 SLOW_DISK = 1e8  # bytes per second
+WAIT_S = 600.0  # for other measurements on the host to end
+LOG = logging.getLogger(__name__)
 
 
 class Unloadable(TrialFailure):
@@ -53,23 +56,25 @@ class LocalDevice:
 
         Raises Unloadable for a file that the runtime refuses, TrialFailure for a crash or no answer in time.
         """
-        child = self._child
-        if child is None:
-            child = self._start()
         names = [str(model) for model in models]
+        request = {"models": names, "rounds": rounds, "seconds": seconds, "cores": list(cores)}
+        answer = self._ask(request, seconds + self.patience, models)
+        return Samples.model_validate(answer)
+
+    def memory(self, models: Sequence[Path]) -> dict[str, float]:
+        """See `TellsMemory.memory`."""
+        return self._ask({"memory": [str(model) for model in models]}, self.patience, models)["memory_mb"]
+
+    def _ask(self, request: dict[str, Any], limit: float, models: Sequence[Path]) -> dict[str, Any]:
+        child = self._child or self._start()
         try:
-            answer = child.ask(
-                {"models": names, "rounds": rounds, "seconds": seconds, "cores": list(cores)},
-                seconds + self.patience + sum(map(_size, models)) / SLOW_DISK,
-            )
+            answer = child.ask(request, limit + sum(map(_size, models)) / SLOW_DISK)
         except BaseException:  # a late answer, after Ctrl-C too, must not be taken for the next one's
             self.close()
             raise
         if "error" in answer:
-            verdict = "cannot be loaded" if answer["error"] == "load" else "cannot be run"
-            kind = Unloadable if answer["error"] == "load" else TrialFailure
-            raise kind(f"{Path(answer['model']).name} {verdict} by onnxruntime: {answer['reason']}")
-        return Samples.model_validate(answer)
+            raise refusal(answer, Path(answer["model"]).name)
+        return answer
 
     def close(self) -> None:
         """End the child; the device may be used again."""
@@ -78,7 +83,7 @@ class LocalDevice:
             child.end()
 
     def _start(self) -> Child:
-        child = self._child = Child(self.profile, self.patience)
+        child = self._child = Child([sys.executable, "-I", str(BENCH)], setup(self.profile), self.patience)
         if self.profile.provider not in child.hello["providers"]:
             self.close()
             raise UserError(
@@ -88,6 +93,27 @@ class LocalDevice:
         return child
 
 
+def setup(profile: Profile, **more: Any) -> dict[str, Any]:
+    """The first line that bench.py reads."""
+    return {
+        "threads": profile.threads,
+        "provider": profile.provider,
+        "options": profile.provider_options,
+        "batch": profile.batch,
+        **more,
+    }
+
+
+def refusal(answer: dict[str, Any], name: str, where: str = "") -> TrialFailure:
+    """What an answer with an error means: Unloadable where the same file will be refused again."""
+    verdicts = {"load": "cannot be loaded", "memory": "cannot be loaded and run by a process of its own"}
+    verdict, kind = verdicts.get(answer["error"], "cannot be run"), answer["error"]
+    if kind == "host":
+        return TrialFailure(f"the lock of measurements{where} cannot be had: {answer['reason']}")
+    failure = Unloadable if kind == "load" else TrialFailure
+    return failure(f"{name} {verdict} by onnxruntime{where}: {answer['reason']}")
+
+
 def _size(model: Path) -> int:
     """Bytes of a file and of the weights beside it, 0 for what is not there: loading says so."""
     paths = (model, model.with_name(f"{model.name}.data"))
@@ -95,22 +121,29 @@ def _size(model: Path) -> int:
 
 
 class Child:
-    """One running bench.py. Raises TrialFailure from any call once the process is gone."""
+    """One running bench.py. Raises TrialFailure from any call once the process is gone.
 
-    def __init__(self, profile: Profile, patience: float) -> None:
+    `command` starts it, here or elsewhere. `explain` makes of its end (exit code, negative for a signal, and the last
+    of what it wrote on stderr) what is raised; without it the end is the process's own. `where` completes sentences.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        first: dict[str, Any],
+        patience: float,
+        *,
+        explain: Callable[[int, str], Exception | None] | None = None,
+        where: str = "",
+    ) -> None:
         self._rest = b""
+        self._explain, self._where = explain, where
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # a pipe that nobody reads would fill up
         self._process = subprocess.Popen(
-            [sys.executable, "-I", str(BENCH)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=bool(explain)
         )
-        setup = {
-            "threads": profile.threads,
-            "provider": profile.provider,
-            "options": profile.provider_options,
-            "batch": profile.batch,
-        }
         try:
-            self.hello = self.ask(setup, patience)
+            self.hello = self.ask(first, patience)
         except BaseException:
             self.end()
             raise
@@ -120,29 +153,59 @@ class Child:
         """Process id."""
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
     def ask(self, request: dict[str, Any], limit: float) -> dict[str, Any]:
-        """One line out, one line in; TrialFailure after `limit` seconds or when the process ends."""
+        """One line out, one line in; TrialFailure after `limit` seconds or when the process ends.
+
+        Time for which it says that it waits for another measurement does not count, up to WAIT_S.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError as error:
-            raise TrialFailure(self._obituary()) from error
-        until = time.monotonic() + limit
-        pieces = [self._rest]
+            raise self._obituary() from error
+        began = time.monotonic()
+        until, told = began + limit, False
+        while True:
+            answer = self._line(until)
+            if "waiting" not in answer:
+                return answer
+            if not told:
+                LOG.warning("waiting for another measurement%s to end (%s)", self._where, answer["waiting"])
+                told = True
+            if time.monotonic() - began > WAIT_S:
+                raise TrialFailure(
+                    f"could not measure{self._where}: another measurement still runs after {WAIT_S:.0f} s"
+                )
+            until = time.monotonic() + limit
+
+    def _line(self, until: float) -> dict[str, Any]:
+        """The next answer. What a login shell prints before the first is passed over."""
+        assert self._process.stdout is not None
+        began = time.monotonic()
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
-            while b"\n" not in pieces[-1]:
-                if not selector.select(max(0.0, until - time.monotonic())):
-                    raise TrialFailure(f"no answer from the timing process within {limit:.0f} s; it was ended")
-                piece = os.read(self._process.stdout.fileno(), 1 << 20)
-                if not piece:
-                    raise TrialFailure(self._obituary())
-                pieces.append(piece)
-        line, _, self._rest = b"".join(pieces).partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+            while True:
+                pieces = [self._rest]
+                while b"\n" not in pieces[-1]:
+                    if not selector.select(max(0.0, until - time.monotonic())):
+                        raise TrialFailure(
+                            f"no answer from the timing process{self._where} within {until - began:.0f} s; it was ended"
+                        )
+                    piece = os.read(self._process.stdout.fileno(), 1 << 20)
+                    if not piece:
+                        raise self._obituary()
+                    pieces.append(piece)
+                line, _, self._rest = b"".join(pieces).partition(b"\n")
+                if line.startswith(b"{"):
+                    answer: dict[str, Any] = json.loads(line)
+                    return answer
 
     def end(self) -> None:
         """Kill and bury; it has nothing to save."""
@@ -154,10 +217,17 @@ class Child:
                     pipe.close()
         self._log.close()
 
-    def _obituary(self) -> str:
+    def _obituary(self) -> Exception:
         """Why it died, with the last line it wrote."""
-        code = self._process.wait()
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        try:
+            code = self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
         self._log.seek(0)
-        words = self._log.read().decode(errors="replace").strip().splitlines()
-        return f"the timing process ended ({how}){': ' + words[-1][:300] if words else ''}"
+        words = self._log.read().decode(errors="replace").strip()
+        if self._explain and (found := self._explain(code, words)):
+            return found
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        last = f": {words.splitlines()[-1][:300]}" if words else ""
+        return TrialFailure(f"the timing process{self._where} ended ({how}){last}")
