@@ -32,7 +32,10 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "policy_gradient": "autocompress.searchers.policy_gradient:PolicyGradient",
         "optuna": "autocompress.searchers.optuna:Optuna",
     },
-    "device": {"local": "autocompress.devices.local:LocalDevice"},
+    "device": {
+        "local": "autocompress.devices.local:LocalDevice",
+        "ssh": "autocompress.devices.ssh:SshDevice",
+    },
     "task": {
         "digits": "autocompress.tasks.digits:Digits",
         "images": "autocompress.tasks.images:Images",
