@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from autocompress.devices import host_of
 from autocompress.types import Profile, UserError
 
 
@@ -37,11 +38,14 @@ class Cores:
 def plan_cores(profiles: Sequence[Profile], cores: Cores | None = None) -> CorePlan:
     """Give the station as many cores as the most threads of `profiles`, and the rest to the trainers.
 
-    A physical core is never shared between the two: its other hyper-thread stays idle. Raises UserError when a
+    Profiles of other hosts need none here.     A physical core is never shared between the two: its other hyper-thread stays idle. Raises UserError when a
     profile has more threads than there are cores.
     """
     found = read_cores() if cores is None else cores
-    most = max(profiles, key=lambda profile: profile.threads)
+    own = [profile for profile in profiles if not host_of(profile)]
+    if not own:
+        return CorePlan((), found.visible if found.affinity else (), False, "nothing is measured on this machine")
+    most = max(own, key=lambda profile: profile.threads)
     threads, count = most.threads, len(found.visible)
     offered = count if found.quota is None else min(count, found.quota)
     if threads > offered:
