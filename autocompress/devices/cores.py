@@ -38,8 +38,8 @@ class Cores:
 def plan_cores(profiles: Sequence[Profile], cores: Cores | None = None) -> CorePlan:
     """Give the station as many cores as the most threads of `profiles`, and the rest to the trainers.
 
-    Profiles of other hosts need none here.     A physical core is never shared between the two: its other hyper-thread stays idle. Raises UserError when a
-    profile has more threads than there are cores.
+    Profiles of other hosts need none here. A physical core is never shared between the two: its other hyper-thread
+    stays idle. Raises UserError when a profile has more threads than there are cores.
     """
     found = read_cores() if cores is None else cores
     own = [profile for profile in profiles if not host_of(profile)]
