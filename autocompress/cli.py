@@ -300,14 +300,115 @@ def spaces(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Sh
 def profiles(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one's file.")] = None,
 ) -> None:
-    """List the hardware profiles that come with the package, or show one as a start for your own."""
+    """List your devices and the hardware profiles that come with the package, or show one as a start for your own."""
     from autocompress import load, shelves
 
     if name is not None:
         typer.echo(shelves.find(shelves.PROFILES, name).read_text(encoding="utf-8"), nl=False)
         return
-    for one in load.profiles():
-        typer.echo(f"{one:<16} {load.profile(one).about}")
+    for one, path in sorted(shelves.files(shelves.PROFILES).items()):
+        own = "" if shelves.ours(shelves.PROFILES, path) else f" ({path})"
+        typer.echo(f"{one:<24} {load.profile(path.resolve()).about}{own}")
+
+
+device_app = typer.Typer(
+    help="Devices of your own: add one, check whether it is fit to measure on, list them.", no_args_is_help=True
+)
+app.add_typer(device_app, name="device")
+
+
+@device_app.command(
+    "add", epilog="Example: autocompress device add pi --ssh pi@raspberrypi.local --like raspberry-pi-5"
+)
+def device_add(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What jobs call it.")],
+    ssh: Annotated[
+        str, typer.Option(metavar="USER@HOST", help="Reached by OpenSSH; also a Host of your ssh configuration.")
+    ] = "",
+    adb: Annotated[str, typer.Option(metavar="SERIAL", help="A phone, as `adb devices` names it.")] = "",
+    local: Annotated[bool, typer.Option("--local", help="This machine.")] = False,
+    ray: Annotated[str, typer.Option(metavar="RESOURCE", help="The Ray node that holds it, e.g. device:pi.")] = "",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Of the ssh server.")] = None,
+    identity: Annotated[str, typer.Option(metavar="FILE", help="Private key for ssh.")] = "",
+    python: Annotated[str, typer.Option(help="Python over there, with numpy and onnxruntime.")] = "",
+    like: Annotated[str, typer.Option(metavar="PROFILE", help="Start from what this profile says.")] = "",
+    threads: Annotated[int | None, typer.Option(min=0, help="0: all it has.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples in one run.")] = None,
+    provider: Annotated[str, typer.Option(help="Of onnxruntime, e.g. CUDA or CoreML; else CPU.")] = "",
+    seconds: Annotated[float, typer.Option(min=1, max=600, help="Of timing; loading comes on top.")] = 30.0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="Else ~/.config/autocompress/profiles/NAME.yaml.")
+    ] = None,
+    force: Force = False,
+    json: Annotated[bool, typer.Option("--json", help="Everything that was found as JSON.")] = False,
+) -> None:
+    """Look at a device, write its profile, and say what will and what will not pay off there."""
+    from autocompress.devices import adding, shown
+
+    wanted = adding.wanted(
+        name,
+        ssh=ssh,
+        adb=adb,
+        local=local,
+        ray=ray,
+        port=port,
+        identity_file=identity,
+        python=python,
+        like=like,
+        threads=threads,
+        batch=batch,
+        provider=provider,
+    )
+    path = adding.place(name, out, force=force)
+    with _errors.status(f"{name}: looking") as status:
+        found = adding.look(wanted, seconds=seconds, say=lambda what: status.update(f"{name}: {what}"))
+    adding.save(found.profile, path)
+    if json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        Console(emoji=False, highlight=False).print(shown.show(found, path))
+
+
+@device_app.command("check", epilog="Example: autocompress device check pi")
+def device_check(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A profile's name or file.")],
+    seconds: Annotated[float, typer.Option(min=0.5, max=600, help="Of timing.")] = 3.0,
+    json: Annotated[bool, typer.Option("--json", help="The facts as JSON, one a line.")] = False,
+) -> None:
+    """Say whether a device answers, is the one it was, and is quiet. Exits with 1 if not."""
+    from autocompress.devices import adding, shown
+    from autocompress.load import profile as load_profile
+
+    console, good = Console(emoji=False, highlight=False, soft_wrap=True), True
+    for fact in adding.check(load_profile(name), seconds=seconds):
+        good &= fact.ok
+        if json:
+            typer.echo(fact.model_dump_json())
+        else:
+            console.print(shown.fact(fact))
+    if not good:
+        raise typer.Exit(1)
+
+
+@device_app.command("list", epilog="Example: autocompress device list")
+def device_list(
+    json: Annotated[bool, typer.Option("--json", help="Their profiles as JSON, one a line.")] = False,
+) -> None:
+    """List your own devices; `autocompress profiles` shows those of the package, too."""
+    from autocompress import load, shelves
+    from autocompress.devices import shown
+
+    files = sorted(shelves.files(shelves.PROFILES).items())
+    own = [(load.profile(path.resolve()), path) for _, path in files if not shelves.ours(shelves.PROFILES, path)]
+    if json:
+        for profile, _ in own:
+            typer.echo(profile.model_dump_json())
+    elif own:
+        Console(emoji=False, highlight=False).print(shown.listed(own))
+    else:
+        typer.echo(
+            "no device yet; add one by `autocompress device add NAME --ssh user@host` (or --local, --adb, --ray)"
+        )
 
 
 @app.command(epilog="Example: autocompress check examples/digits.yaml")

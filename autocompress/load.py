@@ -97,7 +97,7 @@ def job(path: Path | str, changes: Mapping[str, Any] | None = None) -> Job:
             line = f":{lines[place]}" if place in lines else ""
             problems.append(f"{path}{line}: {reader.dotted(place)}: {error}")
             return name
-        return name if shelf and shelves.is_name(name) else str(found.resolve())
+        return name if shelf and shelves.is_name(name) and shelves.ours(shelf, found) else str(found.resolve())
 
     look(("task",), "task", read.task)
     look(("model", "builder") if ("model", "builder") in lines else ("model",), "builder", read.model.builder)
@@ -116,7 +116,7 @@ def job(path: Path | str, changes: Mapping[str, Any] | None = None) -> Job:
 
 
 def profile(name_or_path: str | Path) -> Profile:
-    """A target's profile, from the shelf or from a file. Raises UserError."""
+    """A target's profile, from the user's shelves, the package's or from a file. Raises UserError."""
     path = shelves.find(shelves.PROFILES, str(name_or_path))
     read = reader.record(path, Profile)
     try:
@@ -124,6 +124,18 @@ def profile(name_or_path: str | Path) -> Profile:
     except UserError as error:
         raise UserError(f"{path}: device: {error}") from error
     return read
+
+
+def check_reach(profile: Profile) -> None:
+    """Raise UserError for a profile that does not say where its device is, as the templates on the shelf do not."""
+    asked = {"ssh": ("ssh", "--ssh user@host"), "ray": ("resource", "--ray RESOURCE")}.get(profile.device)
+    if asked is not None and not getattr(profile.reach, asked[0]):
+        kind = "is a template, not yet measured, and" if profile.template else "has"
+        lacks = f"has no `reach: {asked[0]}`" if profile.template else f"no `reach: {asked[0]}`"
+        raise UserError(
+            f"profile {profile.name!r} {kind} {lacks}: make one of your own device by "
+            f"`autocompress device add NAME {asked[1]} --like {profile.name}`"
+        )
 
 
 def targets(devices: Iterable[Budget]) -> tuple[tuple[Profile, ...], tuple[Budget, ...]]:
@@ -134,13 +146,15 @@ def targets(devices: Iterable[Budget]) -> tuple[tuple[Profile, ...], tuple[Budge
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"devices: two profiles are called {name!r}")
+    for one in profiles:
+        check_reach(one)
     renamed = tuple(b.model_copy(update={"profile": p.name}) for b, p in zip(budgets, profiles, strict=True))
     return profiles, renamed
 
 
 def profiles() -> tuple[str, ...]:
-    """Names on the shelf of hardware profiles."""
-    return shelves.names(shelves.PROFILES)
+    """Names of hardware profiles, the user's own and the package's."""
+    return tuple(sorted(shelves.files(shelves.PROFILES)))
 
 
 def spaces() -> tuple[str, ...]:

@@ -1,7 +1,12 @@
-"""The two shelves of YAML files that come with the package: search spaces and hardware profiles."""
+"""The two shelves of YAML files that come with the package: search spaces and hardware profiles.
+
+A user's own profiles lie on shelves of theirs, which come first: `hardware_profiles/` beside the job, the same in the
+current folder, then `~/.config/autocompress/profiles` (`XDG_CONFIG_HOME` is honoured), where `device add` writes.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import cache
@@ -24,12 +29,36 @@ def folder(shelf: str) -> Path:
 
 
 def names(shelf: str) -> tuple[str, ...]:
-    """Names on a shelf, which are the stems of its files."""
+    """Names on a shelf of the package, which are the stems of its files."""
     return tuple(sorted(path.stem for path in folder(shelf).glob("*.yaml")))
 
 
+def own_profiles() -> Path:
+    """Where this user's devices lie, for every job in any folder; it need not exist."""
+    config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(config) / "autocompress" / "profiles"
+
+
+def files(shelf: str, near: Path | None = None) -> dict[str, Path]:
+    """Name -> file, of everything that can be named: the first of a name counts, the user's before the package's."""
+    places = [folder(shelf)]
+    if shelf == PROFILES:
+        beside = [near / shelf] if near else []
+        places = [*beside, Path(shelf), own_profiles(), *places]
+    found: dict[str, Path] = {}
+    for place in places:
+        for path in sorted(place.glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def ours(shelf: str, path: Path) -> bool:
+    """Whether a file comes with the package: such a one goes by its name wherever it is spoken of."""
+    return path.resolve().parent == folder(shelf)
+
+
 def find(shelf: str, name_or_path: str, near: Path | None = None) -> Path:
-    """The file of a name on the shelf, or of a path (anything with a slash or ending in .yaml).
+    """The file of a name on the shelves, or of a path (anything with a slash or ending in .yaml).
 
     A relative path is looked for beside the file that mentions it (`near` is that file's folder), else from the
     current folder. Raises UserError for what is not there.
@@ -44,10 +73,10 @@ def find(shelf: str, name_or_path: str, near: Path | None = None) -> Path:
         if not there:
             raise UserError(f"{what} {name_or_path!r}: there is no file {path}")
         return path
-    known = names(shelf)
+    known = files(shelf, near)
     if name_or_path not in known:
         raise UserError(f"unknown {what} {name_or_path!r}; {suggest(name_or_path, known)} (or a path ending in .yaml)")
-    return folder(shelf) / f"{name_or_path}.yaml"
+    return known[name_or_path]
 
 
 def is_name(name_or_path: str) -> bool:

@@ -133,13 +133,13 @@ class Profile(Record):
     device: str = "local"  # which device plug-in reaches it
     provider: str = "CPUExecutionProvider"
     provider_options: dict[str, str] = {}
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=0)  # 0: all that the target has, one per physical core
     batch: int = Field(default=1, ge=1)
     numeric: Numeric = Numeric()
     channel_multiple: int = Field(default=1, ge=1)
     opset: int = Field(default=17, ge=13)
     types: tuple[str, ...] = ("float32", "int8")  # what it computes with; `float16` and `bfloat16` where they run
-    expects: tuple[str, ...] = ()  # processor flags without which a reading would not speak of this target
+    expects: tuple[str, ...] = ()  # flags of the processor, or architecture, or system; `a|b`: either, `!a`: without
     reach: Reach = Reach()
     memory_mb: Positive | None = None  # what a session may take there at most
     fingerprint: str = ""  # short hash of the one device that it was made for; empty: any that fits

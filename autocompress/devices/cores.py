@@ -45,8 +45,10 @@ def plan_cores(profiles: Sequence[Profile], cores: Cores | None = None) -> CoreP
     own = [profile for profile in profiles if not host_of(profile)]
     if not own:
         return CorePlan((), found.visible if found.affinity else (), False, "nothing is measured on this machine")
-    most = max(own, key=lambda profile: profile.threads)
-    threads, count = most.threads, len(found.visible)
+    count = len(found.visible)
+    every = all_threads(found)
+    most = max(own, key=lambda profile: profile.threads or every)
+    threads = most.threads or every
     offered = count if found.quota is None else min(count, found.quota)
     if threads > offered:
         raise UserError(
@@ -67,6 +69,13 @@ def plan_cores(profiles: Sequence[Profile], cores: Cores | None = None) -> CoreP
         spare = f", {idle} idle beside them (hyper-threads)" if idle else ""
         return CorePlan(station, rest, False, f"measuring on {_names(station)}, training on {_names(rest)}{spare}")
     return CorePlan(station, found.visible, True, why)
+
+
+def all_threads(cores: Cores | None = None) -> int:
+    """What `threads: 0` means here: one per physical core that this process may use, within its quota of time."""
+    found = read_cores() if cores is None else cores
+    physical = len({min(found.siblings.get(core, frozenset({core}))) for core in found.visible})
+    return max(1, min(physical, int(found.quota) if found.quota is not None else physical))
 
 
 def keep_to(cores: Sequence[int]) -> None:
