@@ -14,7 +14,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
@@ -52,8 +52,9 @@ MODEL, WEIGHTS, POLICY, MANIFEST, INFER = (
     "manifest.json",
     "infer.py",
 )
-STORED, OPTIMIZED = "model.store", "optimized.onnx"
-"""Beside the model: its weights as a `store` rule packs them, and the file as onnxruntime runs it on this host."""
+STORED, OPTIMIZED, CHECK = "model.store", "optimized.onnx", "check.npz"
+"""Beside the model: its weights as a `store` rule packs them, the file as onnxruntime runs it on this host, and a few
+inputs with the models' answers (`evidence.pair`)."""
 _VARIANT = re.compile(r"model-[A-Za-z0-9._-]+\.onnx")
 _SHOWN = 3  # differences listed before "and N more"
 _R = TypeVar("_R", bound=Record)
@@ -78,6 +79,8 @@ class PolicyFile(Record):
 
 class BaselineFigures(Record):
     """The uncompressed file, for comparison. Sizes in MB (1e6 bytes)."""
+
+    sha256: str = ""  # by which `verify` knows it again
 
     selection: Quality | None = None
     test: Quality | None = None
@@ -171,17 +174,17 @@ def write(
     """Write an artifact whole: into a folder beside it, then renamed into place.
 
     `weights` may come as safetensors bytes already; `variants` are further ONNX files by name (`model-<variant>.onnx`)
-    where one file does not serve every device, and the manifest's `models` says which is whose; `beside` are STORED and
-    OPTIMIZED where there are such. Weights of a large file go into one of their own, `model.onnx.data`, which the
-    manifest vouches for too. Hashes are filled in here. An artifact of an earlier run is replaced, files in it
+    where one file does not serve every device, and the manifest's `models` says which is whose; `beside` are STORED,
+    OPTIMIZED and CHECK where there are such. Weights of a large file go into one of their own, `model.onnx.data`, which
+    the manifest vouches for too. Hashes are filled in here. An artifact of an earlier run is replaced, files in it
     that are not ours are kept. Raises UserError if the folder holds something else or cannot be written.
     """
     for name in variants or {}:
         if not _VARIANT.fullmatch(name):
             raise UserError(f"{name!r} is not a file name of a variant: use model-<variant>.onnx")
     for name in beside or {}:
-        if name not in (STORED, OPTIMIZED):
-            raise UserError(f"{name!r} is no file of an artifact: use {STORED} or {OPTIMIZED}")
+        if name not in (STORED, OPTIMIZED, CHECK):
+            raise UserError(f"{name!r} is no file of an artifact: use {STORED}, {OPTIMIZED} or {CHECK}")
     files: dict[str, bytes | memoryview] = {}
     for name, data in {MODEL: model, **(variants or {}), **(beside or {})}.items():
         files |= onnxfile.files(name, data)
@@ -280,21 +283,12 @@ def read(folder: Path, *, trust: Sequence[str] = ()) -> Artifact:
 
     Raises UserError naming the file that is missing, changed or not ours.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; an artifact is a folder such as OUT/best/DEVICE")
-    manifest = _record(Manifest, _bytes(folder / MANIFEST), str(folder / MANIFEST))
-    for name in (MODEL, WEIGHTS, POLICY):
-        if name not in manifest.files:
-            raise UserError(f"{folder / MANIFEST}: says nothing about {name}")
-    policy_bytes = b""
-    for name, sha in manifest.files.items():
-        if Path(name).name != name or name in ("", ".", "..") or "\\" in name or "\0" in name:
-            raise UserError(f"{folder / MANIFEST}: {name!r} is not a plain file name")
-        if name == POLICY:
-            policy_bytes = _bytes(folder / name)  # what was hashed is what is parsed
-        found = hashlib.sha256(policy_bytes).hexdigest() if name == POLICY else _hash(folder / name)
-        if found != sha:
-            raise UserError(f"{folder / name}: changed since it was written (its sha256 is not the manifest's)")
+    manifest = read_manifest(folder)
+    for problem in problems(folder, manifest):
+        raise UserError(problem)
+    policy_bytes = _bytes(folder / POLICY)
+    if hashlib.sha256(policy_bytes).hexdigest() != manifest.files[POLICY]:  # what was hashed is what is parsed
+        raise UserError(f"{folder / POLICY}: changed while it was read")
     for profile, name in manifest.models.items():
         if name not in manifest.files:
             raise UserError(f"{folder / MANIFEST}: the model of {profile} is {name!r}, which it does not vouch for")
@@ -304,6 +298,30 @@ def read(folder: Path, *, trust: Sequence[str] = ()) -> Artifact:
     if policy.builder != manifest.builder:
         raise UserError(f"{folder}: policy and manifest name different builders ({policy.builder}, {manifest.builder})")
     return Artifact(folder, manifest, policy)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """A manifest alone; its files are not looked at. Raises UserError."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; an artifact is a folder such as OUT/best/DEVICE")
+    manifest = _record(Manifest, _bytes(folder / MANIFEST), str(folder / MANIFEST))
+    for name in (MODEL, WEIGHTS, POLICY):
+        if name not in manifest.files:
+            raise UserError(f"{folder / MANIFEST}: says nothing about {name}")
+    return manifest
+
+
+def problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """One line for every file that is missing, unreadable or not what the manifest vouches for."""
+    for name, sha in manifest.files.items():
+        if Path(name).name != name or name in ("", ".", "..") or "\\" in name or "\0" in name:
+            yield f"{folder / MANIFEST}: {name!r} is not a plain file name"
+            continue
+        try:
+            if _hash(folder / name) != sha:
+                yield f"{folder / name}: changed since it was written (its sha256 is not the manifest's)"
+        except UserError as error:
+            yield str(error)
 
 
 def read_policy(data: bytes, where: str = POLICY, *, trust: Sequence[str] = ()) -> PolicyFile:

@@ -15,12 +15,16 @@ from typing import Generic, TypeVar
 
 from scipy.special import stdtrit
 
+from autocompress.devices import Unreachable
 from autocompress.pareto import meets
 from autocompress.types import Budget, Goal, Interval, Limit, Quality, Reading, Record
 
 T = TypeVar("T")
 MORE = ("speedup", "throughput")
 """Budgets of which more is better."""
+SESSIONS = 5
+"""Fresh timing processes per device and finalist: what one costs is about SESSION_S."""
+SESSION_S = 2.5  # at most, for files that load fast: 1.5 s of timing, a process, two loads
 
 
 class Bound(Record):
@@ -29,9 +33,18 @@ class Bound(Record):
     profile: str
     name: str  # as in Budget: latency_ms, p95_ms, speedup ...
     budget: float
-    measured: float
-    bound: float
+    measured: float | None  # None: not known, which does not meet it
+    bound: float | None
     met: bool
+
+
+class Checked(Record):
+    """Where a certificate's quality was measured. Files run on their device's own provider where that is this host."""
+
+    provider: str
+    processor: str
+    on_device: bool  # False: the device only times files, and another processor answered
+    samples: int = 0
 
 
 class Certificate(Record):
@@ -47,6 +60,8 @@ class Certificate(Record):
     quality: dict[str, Quality] = {}  # selection split, of the ONNX file for each profile
     readings: dict[str, Reading] = {}  # pooled over sessions; `fingerprint` names the host
     sessions: dict[str, int] = {}
+    each: dict[str, tuple[Reading, ...]] = {}  # the sessions themselves
+    checked: dict[str, Checked] = {}
     size_mb: dict[str, float] = {}
 
 
@@ -116,15 +131,13 @@ def _half_width(interval: Interval) -> float:
 
 def bounds(budget: Budget, reading: Reading, size_mb: float | None) -> tuple[Bound, ...]:
     """Every bound that a budget states, against the unfavourable end of the interval (the search's own rule)."""
-    size = math.inf if size_mb is None else size_mb
-    memory = math.inf if reading.memory_mb is None else reading.memory_mb
-    figures = {
+    figures: dict[str, tuple[float | None, float | None]] = {
         "latency_ms": (reading.ms.value, reading.ms.high),
         "p95_ms": (reading.p95_ms.value, reading.p95_ms.high),
         "speedup": (reading.speedup, 1.0 / reading.ratio.high),
         "throughput": (reading.throughput.value, reading.throughput.low),
-        "size_mb": (size, size),
-        "memory_mb": (memory, memory),
+        "size_mb": (size_mb, size_mb),
+        "memory_mb": (reading.memory_mb, reading.memory_mb),
     }
     return tuple(
         Bound(
@@ -139,6 +152,14 @@ def bounds(budget: Budget, reading: Reading, size_mb: float | None) -> tuple[Bou
     )
 
 
+def room(bound: Bound) -> float:
+    """How far inside its budget a bound lies, as a share of it; negative outside, -1 where it is not known."""
+    if bound.bound is None:
+        return -1.0
+    share = bound.bound / bound.budget
+    return share - 1.0 if bound.name in MORE else 1.0 - share
+
+
 def judge(
     goal: Goal,
     readings: Mapping[str, Reading],
@@ -146,7 +167,9 @@ def judge(
     quality: Mapping[str, Quality],
     size_mb: Mapping[str, float],
     limit: Limit,
-    sessions: Mapping[str, int] | None = None,
+    sessions: Mapping[str, Sequence[Reading]] | None = None,
+    checked: Mapping[str, Checked] | None = None,
+    away: Mapping[str, str] | None = None,
 ) -> Certificate:
     """Certificate of one file (or one per profile) for a goal; readings, quality and sizes are keyed by profile.
 
@@ -154,7 +177,7 @@ def judge(
     interval stands beside it. Never raises for a bad candidate: the reason says what is missing.
     """
     profiles = [budget.profile for budget in goal.budgets]
-    checked = tuple(
+    judged = tuple(
         bound
         for budget in goal.budgets
         if budget.profile in readings
@@ -162,8 +185,9 @@ def judge(
     )
     held = all(name in quality and quality[name].value.value >= limit.floor for name in profiles)
     unmeasured = [name for name in profiles if name not in readings]
-    reasons = [f"{name} was not measured" for name in unmeasured]
-    reasons += [_says(bound) for bound in checked if not bound.met]
+    gone = away or {}
+    reasons = [f"{name} was away ({gone[name]})" if name in gone else f"{name} was not measured" for name in unmeasured]
+    reasons += [_says(bound) for bound in judged if not bound.met]
     reasons += [
         f"{limit.metric} {quality[name].value.value:.4f} on {name} is below the floor {limit.floor:.4f}"
         if name in quality
@@ -181,18 +205,23 @@ def judge(
         goal=goal.name,
         certified=not reasons,
         reason="; ".join(reasons),
-        bounds=checked,
-        budget_met=not unmeasured and all(bound.met for bound in checked),
+        bounds=judged,
+        budget_met=not unmeasured and all(bound.met for bound in judged),
         quality_held=held,
         floor=limit.floor,
         quality={name: quality[name] for name in profiles if name in quality},
         readings={name: readings[name] for name in profiles if name in readings},
-        sessions=dict(sessions) if sessions is not None else {name: 1 for name in profiles if name in readings},
+        sessions={name: len((sessions or {}).get(name, (0,))) for name in profiles if name in readings},
+        each={name: tuple(those) for name, those in (sessions or {}).items()},
+        checked={name: checked[name] for name in profiles if name in checked} if checked else {},
         size_mb={name: size_mb[name] for name in profiles if name in size_mb},
     )
 
 
 def _says(bound: Bound) -> str:
+    if bound.bound is None:
+        what = {"memory_mb": "memory", "size_mb": "size"}.get(bound.name, bound.name)
+        return f"{bound.profile}: {what} unknown, budget {bound.budget:g} MB"
     if bound.name == "speedup":
         return f"{bound.profile}: {bound.bound:.2f}x (lower bound) of the {bound.budget:g}x asked"
     if bound.name == "throughput":
@@ -201,7 +230,7 @@ def _says(bound: Bound) -> str:
         which = "p95 " if bound.name == "p95_ms" else ""
         return f"{bound.profile}: {which}{bound.bound:.3f} ms (upper bound), budget {bound.budget:g} ms"
     what = "memory " if bound.name == "memory_mb" else ""
-    return f"{bound.profile}: {what}{bound.measured:.3f} MB, budget {bound.budget:g} MB"
+    return f"{bound.profile}: {what}{bound.bound:.3f} MB, budget {bound.budget:g} MB"
 
 
 def certify(
@@ -211,23 +240,31 @@ def certify(
     quality: Mapping[str, Quality],
     size_mb: Mapping[str, float],
     limit: Limit,
-    sessions: int = 3,
+    sessions: int = SESSIONS,
+    checked: Mapping[str, Checked] | None = None,
 ) -> Certificate:
     """Measure a finalist on every device of a goal in `sessions` sessions, pool and judge.
 
     `measure(profile)` times the file of that profile alone, uncached. Devices take turns, so that sessions on one
-    device lie apart in time. A noisy session is taken once more before it counts as noisy.
+    device lie apart in time. A noisy session is taken once more before it counts as noisy. A device that is Unreachable in any
+    of them certifies nothing, and the reason says so.
     """
     if sessions < 1:
         raise ValueError("at least one session is needed")
     taken: dict[str, list[Reading]] = {budget.profile: [] for budget in goal.budgets}
+    away: dict[str, str] = {}
     for _ in range(sessions):
         for profile, readings in taken.items():
-            reading = measure(profile)
-            readings.append(measure(profile) if reading.noisy else reading)
+            if profile in away:
+                continue
+            try:
+                reading = measure(profile)
+                readings.append(measure(profile) if reading.noisy else reading)
+            except Unreachable as gone:
+                away[profile] = str(gone)
+    taken = {profile: readings for profile, readings in taken.items() if profile not in away}
     pooled = {profile: pool(readings) for profile, readings in taken.items()}
-    counts = {profile: len(readings) for profile, readings in taken.items()}
-    return judge(goal, pooled, quality=quality, size_mb=size_mb, limit=limit, sessions=counts)
+    return judge(goal, pooled, quality=quality, size_mb=size_mb, limit=limit, sessions=taken, checked=checked, away=away)
 
 
 def choose(finalists: Sequence[T], certify_one: Callable[[T], Certificate]) -> Selection[T] | None:
@@ -251,8 +288,7 @@ def miss(certificate: Certificate) -> float:
     """How far a certificate is from holding: sum of relative excesses over budgets and below the floor; 0 if none."""
     total = 0.0
     for bound in certificate.bounds:
-        excess = bound.budget / bound.bound if bound.name in MORE else bound.bound / bound.budget
-        total += max(excess - 1.0, 0.0)
+        total += max(-room(bound), 0.0)
     for quality in certificate.quality.values():
         total += max(certificate.floor - quality.value.value, 0.0) / max(abs(certificate.floor), 1e-9)
     if not certificate.certified and total == 0.0:

@@ -216,6 +216,41 @@ def apply(
     typer.echo(str(done))
 
 
+@app.command(epilog="Example: autocompress verify runs/digits/best/local-1t --json")
+def verify(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder under OUT/best.")],
+    device: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PROFILE", help="Measure on this target (a name or a file); else on all of ARTIFACT's."),
+    ] = None,
+    quality: Annotated[bool, typer.Option("--quality/--no-quality", help="Measure the quality again.")] = True,
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="FILE.onnx", help="The uncompressed file, where ARTIFACT has left OUT.")
+    ] = None,
+    sessions: Annotated[int, typer.Option(min=1, help="Fresh timing processes per device.")] = 5,
+    trust: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PACKAGE", help="Import builder and task from this package if ARTIFACT names it."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Everything that was found as JSON.")] = False,
+) -> None:
+    """Check ARTIFACT: hashes, answers, latency, quality and budgets, measured again. Exits with 1 if one fails."""
+    from autocompress.verify import verify as check_again
+
+    found = check_again(
+        artifact,
+        devices=device or (),
+        baseline=baseline,
+        quality=quality,
+        trust=trust or (),
+        sessions=sessions,
+        say=(lambda _: None) if json else typer.echo,
+    )
+    typer.echo(found.model_dump_json(indent=2) if json else found.verdict)
+    if not found.passed:
+        raise typer.Exit(1)
+
+
 Shape = Annotated[
     str | None,
     typer.Option(metavar="C,H,W", help="What a network given by name is fed; its own usual input if left out."),

@@ -48,7 +48,7 @@ from autocompress.graph import (
 )
 from autocompress.models.trace import examples, still
 from autocompress.tasks import InputSpec, Predict, several
-from autocompress.types import TrialFailure, UserError
+from autocompress.types import Profile, TrialFailure, UserError
 
 __all__ = ["EXPORTERS", "Exported", "Exporter", "Part", "compose", "export", "graph_hash", "parity", "predictor"]
 
@@ -495,12 +495,15 @@ def _disagreement(found: NDArray[Any], expected: NDArray[Any]) -> float:
     return error
 
 
-def predictor(model: bytes, threads: int = 1) -> Predict:
+def predictor(model: bytes, threads: int = 1, profile: Profile | None = None) -> Predict:
     """Run a model with onnxruntime: inputs (n, ...) to its output (n, ...), tuples of them where there are several.
 
-    Raises TrialFailure if it cannot load.
+    On the processor, or on the provider of a `profile` of this host. Raises TrialFailure if it cannot load.
     """
-    session = open_session(model, threads)
+    if profile is None:
+        session = open_session(model, threads)
+    else:
+        session = open_session(model, profile.threads, profile.provider, profile.provider_options)
     names = [one.name for one in session.get_inputs()]
 
     def predict(inputs: Any) -> Any:

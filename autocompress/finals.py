@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +15,10 @@ from typing import Any
 
 import torch
 
-from autocompress import artifact, certify, export, onnxfile, pareto
+from autocompress import artifact, certify, evidence, export, onnxfile, pareto
 from autocompress.controller import trial_seed
+from autocompress.devices import Unreachable
+from autocompress.devices.fingerprint import short
 from autocompress.devices.station import Station
 from autocompress.models.trace import examples, thop_count
 from autocompress.ops.optimize import fused, optimized
@@ -42,13 +47,12 @@ from autocompress.types import (
 
 FINALISTS = 3
 ROOM = 0.1
-SESSIONS = 3  # fresh timing processes per device and finalist
 
 
 def room(trial: Trial, goal: Goal) -> float:
     """How far inside the tightest budget the unfavourable bound lies, as a share of the budget; negative outside."""
     found = [
-        bound.bound / bound.budget - 1.0 if bound.name == "speedup" else 1.0 - bound.bound / bound.budget
+        certify.room(bound)
         for budget in goal.budgets
         for bound in certify.bounds(
             budget, trial.outcome.readings[budget.profile], trial.outcome.size_mb.get(budget.profile)
@@ -87,6 +91,8 @@ class Sessions:
     """Readings taken alone, in fresh processes; goals that share a finalist share its sessions."""
 
     station: Station
+    patience: float = 0.0  # seconds to wait, in all, for devices that are away
+    say: Callable[[str], None] = lambda _: None
     taken: dict[tuple[str, str], list[Reading]] = field(default_factory=dict)
 
     def of(self, sha: str, model: bytes) -> Callable[[str], Reading]:
@@ -98,10 +104,25 @@ class Sessions:
             index = used.get(profile, 0)
             used[profile] = index + 1
             if index == len(readings):
-                readings.append(self.station.session(profile, model))
+                readings.append(self.alone(profile, model))
             return readings[index]
 
         return measure
+
+    def alone(self, profile: str, model: bytes) -> Reading:
+        """One session. Raises Unreachable where the device is away for longer than there is patience."""
+        pause = 0.5
+        while True:
+            try:
+                return self.station.session(profile, model)
+            except Unreachable as gone:
+                if self.patience <= 0:
+                    raise
+                self.say(f"waiting for {profile}, at most {self.patience / 60:.3g} minutes: {gone}")
+                began = time.monotonic()
+                time.sleep(min(pause, self.patience))
+                self.patience -= time.monotonic() - began
+                pause = min(2 * pause, 5.0)
 
 
 @dataclass
@@ -115,15 +136,18 @@ class Finals:
     store: Store
     out: Path
     exporter: str
+    patience: float = 0.0  # seconds to wait, in all, for devices that are away
+    say: Callable[[str], None] = lambda _: None
     test: dict[str, Quality] = field(default_factory=dict)  # by sha256 of the file: each meets the test split once
     made: dict[int, tuple[Stage, ...]] = field(default_factory=dict)  # by trial number
     optimized: dict[tuple[str, str], tuple[bytes, dict[str, int]]] = field(default_factory=dict)
+    answered: dict[tuple[str, str], tuple[Quality, certify.Checked]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)  # what could not be made, and why: the report says it
     sessions: Sessions = field(init=False)
 
     def __post_init__(self) -> None:
         """Sessions belong to the station."""
-        self.sessions = Sessions(self.station)
+        self.sessions = Sessions(self.station, self.patience, self.say)
 
     @contextmanager
     def saying(self, what: str, broken: list[Exception] | None = None) -> Iterator[None]:
@@ -160,13 +184,22 @@ class Finals:
             return measures[variant](profile)
 
         measures = {v: self.sessions.of(files.shas[v], files.models[v]) for v in files.models}
+        quality, checked = dict(trial.outcome.quality), dict[str, certify.Checked]()
+        for budget in goal.budgets:
+            name = budget.profile
+            variant = self.variant(name)
+            key = (files.shas[variant], name)
+            if key not in self.answered:
+                self.answered[key] = evidence.quality(
+                    self.work.task,
+                    files.models[variant],
+                    next(p for p in self.parts.profiles if p.name == name),
+                    trial.outcome.quality.get(name),
+                    self.host(name),
+                )
+            quality[name], checked[name] = self.answered[key]
         return certify.certify(
-            measure,
-            goal,
-            quality=trial.outcome.quality,
-            size_mb=trial.outcome.size_mb,
-            limit=self.baseline.limit,
-            sessions=SESSIONS,
+            measure, goal, quality=quality, size_mb=trial.outcome.size_mb, limit=self.baseline.limit, checked=checked
         )
 
     def test_quality(self, sha: str, model: bytes) -> Quality:
@@ -258,6 +291,10 @@ class Finals:
         names = {first: artifact.MODEL, **{variant: f"model-{variant}.onnx" for variant in others}}
         made, changes = self.optimizer(goal, files)
         beside = {artifact.OPTIMIZED: made} if made else {}
+        with self.saying("inputs and answers to check the file by"):
+            beside[artifact.CHECK] = evidence.pair(
+                parts.task.input, {names[variant]: files.models[variant] for variant in names}
+            )
         if codecs := codecs_of(files.numeric[first]):
             beside[artifact.STORED] = storage(files.models[first], codecs)
         artifact.write(
@@ -287,12 +324,13 @@ class Finals:
                 number=trial.number,
                 genotype=trial.genotype,
                 seed=parts.job.search.seed,
-                selection={name: trial.outcome.quality[name] for name in serves},
+                selection=dict(proof.quality),
                 test=dict(test),
                 size_mb={name: trial.outcome.size_mb[name] for name in serves},
                 macs=trial.outcome.macs,
                 parameters=trial.outcome.parameters,
                 baseline=artifact.BaselineFigures(
+                    sha256=self.baseline_sha,
                     selection=facts.baseline_quality,
                     test=self.test.get("baseline"),
                     readings={name: facts.baseline[name] for name in serves},
@@ -300,7 +338,7 @@ class Finals:
                     macs=self.baseline.outcome.macs,
                     parameters=self.baseline.outcome.parameters,
                 ),
-                fingerprints=facts.fingerprints,
+                fingerprints={**facts.fingerprints, **self.hosts(serves)},
                 versions=artifact.versions(),
                 exporter=self.exporter,
                 opset=self.work.opset,
@@ -308,6 +346,24 @@ class Finals:
                 job=parts.job.model_dump(mode="json"),
             ),
         )
+
+    @functools.cached_property
+    def baseline_sha(self) -> str:
+        """By which `verify` knows the uncompressed file again."""
+        return hashlib.sha256(onnxfile.load(self.out / "baseline" / "model.onnx")).hexdigest()
+
+    def host(self, profile: str) -> dict[str, Any]:
+        """A device's fingerprint; that of the search's beginning where it has been away since a resume."""
+        try:
+            return self.station.fingerprint(profile)
+        except Unreachable:
+            facts = self.baseline.facts
+            return facts.fingerprints.get(facts.baseline[profile].fingerprint, {})
+
+    def hosts(self, profiles: Iterable[str]) -> dict[str, Any]:
+        """Fingerprints of the devices as they are now: a resumed search may have ended elsewhere."""
+        found = [self.host(name) for name in profiles]
+        return {short(host): host for host in found}
 
     def baseline_test(self) -> Quality:
         """The uncompressed file on the test split."""

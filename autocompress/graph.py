@@ -24,6 +24,7 @@ IR_VERSION = 9
 """Newest file format that onnxruntime 1.17 reads; nothing written here needs a newer one."""
 RESIZE_SIZES = 3
 """Where a Resize takes the shape that it gives."""
+PROCESSOR = "CPUExecutionProvider"
 SETTLED_BYTES = 1 << 20
 """Largest tensor computed from shapes (positions, masks) that is written into the file."""
 
@@ -303,13 +304,21 @@ def replace(target: Any, items: Iterable[Any]) -> None:
     target.extend(taken)
 
 
-def open_session(model: bytes | onnx.ModelProto, threads: int = 1) -> onnxruntime.InferenceSession:
-    """Load a model on the processor. Raises TrialFailure, with onnxruntime's own words, if it cannot."""
+def open_session(
+    model: bytes | onnx.ModelProto,
+    threads: int = 1,
+    provider: str = PROCESSOR,
+    settings: Mapping[str, str] | None = None,
+) -> onnxruntime.InferenceSession:
+    """Load a model on the processor, or another provider. Raises TrialFailure, with onnxruntime's own words, if not."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4  # what fails is raised, and said once
     try:
-        return session(model, options, ["CPUExecutionProvider"])
+        made = session(model, options, [(provider, dict(settings or {}))])
+        if made.get_providers()[0] != provider:  # it falls back to the processor without a word
+            raise TrialFailure(f"onnxruntime does not run the file on {provider}")
+        return made
     except (TrialFailure, UserError):
         raise
     except Exception as error:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from autocompress import artifact, certify, export, memory, onnxfile, reader, registry
+from autocompress import artifact, certify, evidence, export, memory, onnxfile, reader, registry
 from autocompress.artifact import Artifact
 from autocompress.controller import trial_seed
 from autocompress.devices.cores import plan_cores
+from autocompress.devices.fingerprint import short
 from autocompress.devices.station import Station
-from autocompress.finals import SESSIONS
 from autocompress.models import Builder
 from autocompress.models.trace import examples, thop_count
 from autocompress.models.weights import fill
@@ -97,6 +98,7 @@ def apply(
     model: Builder | nn.Module | None = None,
     task: Task | None = None,
     trust: Sequence[str] = (),
+    as_is: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Applied:
     """Without `weights`, make the artifact's files again from its receipts and check that they are the same.
@@ -106,7 +108,8 @@ def apply(
     its job's quality limit, or `max_drop` below the new weights' own quality on the selection split.
 
     The artifact names its builder and task; they are taken from what is installed with autocompress or given as
-    `model` and `task`. Names of the form `module:attr` are imported only if their package is in `trust`.
+    `model` and `task`. Names of the form `module:attr` are imported only if their package is in `trust`. `as_is`
+    measures on devices that are not those that the profiles were made for.
 
     Raises UserError for an artifact that is damaged, of another network or names unknown code; LimitError where a limit
     does not hold, after everything was written.
@@ -115,7 +118,10 @@ def apply(
     if out is not None:
         artifact.check_place(Path(out).absolute())  # said before anything is computed, not after
     read = artifact.read(Path(source), trust=trust)
-    made = _subject(read, model, task, trust)
+    if as_is:
+        profiles = tuple(one.model_copy(update={"as_is": True}) for one in read.manifest.profiles)
+        read = replace(read, manifest=read.manifest.model_copy(update={"profiles": profiles}))
+    made = subject(read, model, task, trust)
     if weights is None:
         return _reproduce(read, made, None if out is None else Path(out))
     if out is None:
@@ -124,29 +130,47 @@ def apply(
 
 
 @dataclass(frozen=True)
-class _Subject:
+class Subject:
+    """What an artifact names and never imports."""
+
     builder: Builder
     task: Task
 
 
-def _subject(read: Artifact, model: Builder | nn.Module | None, task: Task | None, trust: Sequence[str]) -> _Subject:
-    def trusted(name: str) -> bool:
-        return ":" in name and name.partition(":")[0].partition(".")[0] in trust
-
+def subject(read: Artifact, model: Builder | nn.Module | None, task: Task | None, trust: Sequence[str]) -> Subject:
+    """Builder and task of an artifact: given, installed, or of a trusted package. Raises UserError otherwise."""
+    data = task_of(read, task, trust)
     manifest = read.manifest
-    job = reader.fill(manifest.job, Job, f"{read.folder}: manifest.json, job") if manifest.job else None
-    if task is None:
-        data = make_task(manifest.task, job.data if job else {}, trusted=trusted(manifest.task))
-    else:
-        data = registry.genuine("task", manifest.task, task)
-    options = job.model.options if job else {}
-    spec = manifest.input
-    network = make_builder(manifest.builder, spec, options, given=model, trusted=trusted(manifest.builder))
+    job = _job(read)
+    network = make_builder(
+        manifest.builder,
+        manifest.input,
+        job.model.options if job else {},
+        given=model,
+        trusted=_trusted(manifest.builder, trust),
+    )
     artifact.check_policy(read.policy, network.sites())
-    return _Subject(network, data)
+    return Subject(network, data)
 
 
-def _work(read: Artifact, made: _Subject, parent: nn.Module) -> Work:
+def task_of(read: Artifact, given: Task | None, trust: Sequence[str]) -> Task:
+    """The task of an artifact: given, installed, or of a trusted package. Raises UserError otherwise."""
+    name, job = read.manifest.task, _job(read)
+    if given is not None:
+        return registry.genuine("task", name, given)
+    return make_task(name, job.data if job else {}, trusted=_trusted(name, trust))
+
+
+def _job(read: Artifact) -> Job | None:
+    manifest = read.manifest
+    return reader.fill(manifest.job, Job, f"{read.folder}: manifest.json, job") if manifest.job else None
+
+
+def _trusted(name: str, trust: Sequence[str]) -> bool:
+    return ":" in name and name.partition(":")[0].partition(".")[0] in trust
+
+
+def _work(read: Artifact, made: Subject, parent: nn.Module) -> Work:
     policy = read.policy
     names = [rule.op for rule in policy.policy.rules]
     names += [receipt.op for receipts in (policy.receipts, *policy.numeric.values()) for receipt in receipts]
@@ -164,7 +188,36 @@ def _work(read: Artifact, made: _Subject, parent: nn.Module) -> Work:
     )
 
 
-def _reproduce(read: Artifact, made: _Subject, out: Path | None) -> Applied:
+@dataclass(frozen=True)
+class Rebuilt:
+    """An artifact's files made again from its receipts and weights."""
+
+    files: dict[str, bytes]
+    equal: bool  # byte for byte
+    error: float  # largest relative difference of outputs where not
+
+
+def _reproduce(read: Artifact, made: Subject, out: Path | None) -> Applied:
+    found = rebuild(read, made)
+    if found.error > TOLERANCE:
+        raise LimitError(
+            f"{read.folder}: the file made again differs by a relative error of {found.error:.2g} (at most {TOLERANCE})"
+        )
+    if out is not None:
+        artifact.write(
+            out,
+            model=found.files[artifact.MODEL],
+            variants={name: data for name, data in found.files.items() if name != artifact.MODEL},
+            beside={artifact.CHECK: evidence.pair(read.manifest.input, found.files)},
+            weights=(read.folder / artifact.WEIGHTS).read_bytes(),
+            policy=read.policy,
+            manifest=read.manifest.model_copy(update={"versions": artifact.versions()}),
+        )
+    return Applied(folder=str(out or ""), reproduced=True, byte_equal=found.equal, error=found.error)
+
+
+def rebuild(read: Artifact, made: Subject) -> Rebuilt:
+    """The files again, and how they differ from those that shipped. Raises UserError where they cannot be made."""
     work = _work(read, made, nn.Identity())
     policy, manifest = read.policy, read.manifest
     try:
@@ -190,20 +243,7 @@ def _reproduce(read: Artifact, made: _Subject, out: Path | None) -> Applied:
         if files[name] != shipped:
             equal = False
             error = max(error, _difference(made.task, shipped, files[name]))
-    if error > TOLERANCE:
-        raise LimitError(
-            f"{read.folder}: the file made again differs by a relative error of {error:.2g} (at most {TOLERANCE})"
-        )
-    if out is not None:
-        artifact.write(
-            out,
-            model=files[artifact.MODEL],
-            variants={name: data for name, data in files.items() if name != artifact.MODEL},
-            weights=(read.folder / artifact.WEIGHTS).read_bytes(),
-            policy=policy,
-            manifest=manifest.model_copy(update={"versions": artifact.versions()}),
-        )
-    return Applied(folder=str(out or ""), reproduced=True, byte_equal=equal, error=error)
+    return Rebuilt(files, equal, error)
 
 
 def _difference(task: Task, shipped: bytes, made: bytes) -> float:
@@ -211,13 +251,11 @@ def _difference(task: Task, shipped: bytes, made: bytes) -> float:
     batch, _ = next(iter(task.batches("calibration", 64, limit=64)))
     inputs = tuple(one.numpy() for one in several(batch))
     answers = [several(export.predictor(model)(inputs)) for model in (shipped, made)]
-    return max(
-        float(np.abs(one - two).max() / max(float(np.abs(one).max()), 1e-12)) for one, two in zip(*answers, strict=True)
-    )
+    return max(evidence.differ(one, two) for one, two in zip(*answers, strict=True))
 
 
 def _renew(
-    read: Artifact, made: _Subject, weights: Path, out: Path, max_drop: float | None, say: Callable[[str], None]
+    read: Artifact, made: Subject, weights: Path, out: Path, max_drop: float | None, say: Callable[[str], None]
 ) -> Applied:
     policy, manifest = read.policy, read.manifest
     asked = _asked(read, max_drop)
@@ -235,10 +273,10 @@ def _renew(
         releases = release(work, settled.module, candidate.policy, learned=settled.ranges())
         say("measuring")
         with tempfile.TemporaryDirectory() as folder:
-            before, proof = _judge(work, read, releases, Path(folder), asked)
+            before, proof, hosts = _judge(work, read, releases, Path(folder), asked)
     except TrialFailure as failure:
         raise LimitError(f"{read.folder}: {failure}") from failure
-    _write(out, work, read, shaped.receipts, settled, releases, before, proof)
+    _write(out, work, read, shaped.receipts, settled, releases, before, proof, hosts)
     lost = [before.selection.value.value - q.value.value for q in proof.quality.values()] if before.selection else []
     applied = Applied(
         folder=str(out), reproduced=False, quality=proof.quality, drop=max(lost, default=None), certificate=proof
@@ -250,8 +288,11 @@ def _renew(
 
 def _judge(
     work: Work, read: Artifact, releases: Mapping[str, Release], folder: Path, asked: QualityLimit
-) -> tuple[artifact.BaselineFigures, certify.Certificate]:
-    """Measure the new files alone, beside the new weights' own baseline, and hold them against the limits."""
+) -> tuple[artifact.BaselineFigures, certify.Certificate, dict[str, Any]]:
+    """Measure the new files alone, beside the new weights' own baseline, and hold them against the limits.
+
+    Returns the devices' fingerprints too.
+    """
     key, _ = export_baseline(work, folder, (work.exporter,))
     path = folder / "model.onnx"
     baseline = onnxfile.load(path)
@@ -261,19 +302,27 @@ def _judge(
     variant = {profile.name: profile.numeric.variant for profile in work.profiles}
     station = Station(work.profiles, plan_cores(work.profiles), path, baseline_key=key)
     try:
+        hosts = {profile.name: station.fingerprint(profile.name) for profile in work.profiles}
+        answered = {
+            profile.name: evidence.quality(
+                work.task, releases[variant[profile.name]].model, profile, there=hosts[profile.name]
+            )
+            for profile in work.profiles
+        }
         proof = certify.certify(
             lambda profile: station.session(profile, releases[variant[profile]].model),
             goal,
-            quality=qualities(work, releases, "selection"),
+            quality={name: quality for name, (quality, _) in answered.items()},
             size_mb={name: releases[one].size_mb for name, one in variant.items()},
             limit=floor(asked, selection.value.value),
-            sessions=SESSIONS,
+            checked={name: checked for name, (_, checked) in answered.items()},
         )
         readings = {profile.name: station.measure(profile.name, path, key) for profile in work.profiles}
     finally:
         station.close()
     macs, parameters = thop_count(work.parent, examples(work.task.input))
     before = artifact.BaselineFigures(
+        sha256=hashlib.sha256(baseline).hexdigest(),
         selection=selection,
         test=work.task.quality(predict, "test"),
         readings=readings,
@@ -281,7 +330,7 @@ def _judge(
         macs=macs,
         parameters=parameters,
     )
-    return before, proof
+    return before, proof, {short(host): host for host in hosts.values()}
 
 
 def _asked(read: Artifact, max_drop: float | None) -> QualityLimit:
@@ -304,6 +353,7 @@ def _write(
     releases: Mapping[str, Release],
     before: artifact.BaselineFigures,
     proof: certify.Certificate,
+    hosts: Mapping[str, Any],
 ) -> None:
     old = read.manifest
     macs, parameters = thop_count(settled.module, examples(work.task.input))
@@ -313,6 +363,9 @@ def _write(
         out,
         model=releases[next(v for v, name in names.items() if name == artifact.MODEL)].model,
         variants={name: releases[v].model for v, name in names.items() if name != artifact.MODEL},
+        beside={
+            artifact.CHECK: evidence.pair(old.input, {names[v]: one.model for v, one in releases.items() if v in names})
+        },
         weights=weights_of(settled.module),
         policy=read.policy.model_copy(
             update={"receipts": (*structure, *settled.learned), "numeric": {v: releases[v].receipts for v in names}}
@@ -327,7 +380,7 @@ def _write(
                 "parameters": parameters,
                 "baseline": before,
                 "versions": artifact.versions(),
-                "fingerprints": {},
+                "fingerprints": dict(hosts),
             }
         ),
     )

@@ -55,7 +55,10 @@ def test_a_speedup_is_met_by_its_lower_bound_only():
 def test_an_unknown_size_does_not_meet_a_size_budget():
     (bound,) = bounds(Budget(profile="a", size_mb=1), reading(), None)
     assert not bound.met
-    assert math.isinf(bound.bound)
+    assert bound.bound is None
+    unknown = judge(goal(Budget(profile="a", size_mb=1)), {"a": reading()}, quality={}, size_mb={}, limit=LIMIT)
+    assert "size unknown, budget 1 MB" in unknown.reason
+    assert Certificate.model_validate_json(unknown.model_dump_json()) == unknown
 
 
 def test_certified_without_a_reason_and_refused_with_every_reason():

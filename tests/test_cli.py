@@ -14,7 +14,7 @@ from autocompress.devices.profiler import Times
 from autocompress.tasks import InputSpec
 from autocompress.types import Job, LimitError, Site, TrialFailure, UserError
 
-COMMANDS = ("search", "resume", "report", "measure", "apply", "spaces", "profiles", "check", "init", "space")
+COMMANDS = ("search", "resume", "report", "measure", "apply", "verify", "spaces", "profiles", "check", "init", "space")
 ROOT = Path(__file__).parent.parent
 
 

@@ -72,7 +72,7 @@ def test_the_winner_is_certified_and_runs_with_numpy_alone(found) -> None:
     read = artifact.read(folder)
     assert read.manifest.test["local-1t"].split == "test"
     assert read.manifest.baseline.test is not None
-    assert read.manifest.certificate.sessions == {"local-1t": 3}
+    assert read.manifest.certificate.sessions == {"local-1t": 5}
     image = np.load(_digit(out), allow_pickle=False)
     printed = subprocess.run(
         [sys.executable, "-I", str(folder / "infer.py"), str(_digit(out))], capture_output=True, text=True, check=True
