@@ -197,6 +197,27 @@ def test_first_order_adds_up_what_taylor_counts_apart():
     assert torch.allclose(scores(learned, alone, "taylor").values, change.abs().sum((1, 2, 3)))
 
 
+def test_filters_before_a_batch_norm_have_a_first_order_worth_of_their_own():
+    """Through a batch's own statistics a filter's scale does nothing, and its gradients add up to zero."""
+    module = network()
+    stale = copy.deepcopy(module)
+    for norm in (part for part in stale.modules() if isinstance(part, nn.BatchNorm2d)):
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        norm.running_mean.fill_(3.0)
+        norm.running_var.fill_(100.0)
+    found = []
+    for learned in (copy.deepcopy(module), stale):
+        learn_gradients(learned, TASK, 10**6)
+        weight = learned.stages[2][1].conv1.weight
+        parts = (weight * weight.grad).detach()
+        change = parts.sum((1, 2, 3)).abs()
+        assert change.mean() > 0.01 * parts.abs().sum((1, 2, 3)).mean()
+        assert not any(part.training for part in learned.modules())
+        found.append(change)
+    assert torch.allclose(*found, rtol=1e-3, atol=1e-7)  # inherited statistics that do not fit do not matter
+
+
 def test_random_is_the_sites_own_and_repeatable():
     module = network()
     first, second = (kept(module, "random", site=f"stages.2.{block}.conv1")[0] for block in (0, 1))

@@ -127,20 +127,40 @@ def _apart(module: nn.Module, member: Member) -> Tensor | None:
 
 
 def learn_gradients(model: nn.Module, task: Task, macs: int) -> None:
-    """Sum gradients of the task's loss over calibration batches into the parameters' `.grad`, batch norm by batch.
+    """Sum gradients of the task's loss over calibration batches into the parameters' `.grad`.
 
-    `macs`: multiply-adds of one example, by which the number of examples is limited.
+    Batch norms get these examples' statistics first. `macs`: multiply-adds of one example, by which the number of
+    examples is limited.
     """
     limit = int(min(SCORED, max(FEWEST, WORK / max(macs, 1))))
     model.zero_grad()
     model.requires_grad_(True).eval()
+    _fit_norms(model, task, limit)
     with torch.enable_grad():
         for inputs, targets in task.batches("calibration", min(64, limit), limit=limit):
-            for part in model.modules():
-                if isinstance(part, nn.modules.batchnorm._BatchNorm):
-                    part.train(batch_size(inputs) > 1)  # inherited statistics may not fit yet
             task.loss(model(*several(inputs)), targets).backward()
     model.eval()
     for parameter in model.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)  # not used by the loss
+
+
+@torch.no_grad()
+def _fit_norms(model: nn.Module, task: Task, limit: int) -> None:
+    """Give batch norms the statistics of the first `limit` calibration examples: inherited ones may not fit yet.
+
+    Gradients through a batch's own statistics would not do: a filter's scale changes nothing there, so that its sum of
+    gradient * weight is zero whatever it is worth.
+    """
+    norms = [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    fitting = False
+    for inputs, _ in task.batches("calibration", min(64, limit), limit=limit) if norms else ():
+        if batch_size(inputs) == 1:  # which has no statistics
+            continue
+        for norm in norms if not fitting else ():
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean of all batches
+            norm.train()
+        fitting = True
+        model(*several(inputs))
+    model.eval()
