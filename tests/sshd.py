@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -27,7 +26,7 @@ PasswordAuthentication no
 KbdInteractiveAuthentication no
 PrintMotd no
 SetEnv HOME={home} AUTOCOMPRESS_THERE=1
-ForceCommand cd {home} && {limits} sh -c "$SSH_ORIGINAL_COMMAND"
+ForceCommand cd {home} && {limits}sh -c "$SSH_ORIGINAL_COMMAND"
 """
 CLIENT = """
 Host pi
@@ -118,13 +117,14 @@ class Sshd:
     def cut(self) -> None:
         """Kill what serves the connections, and nothing else."""
         for one in self.sessions():
-            if one.name().startswith("sshd"):
-                one.kill()
+            with suppress(psutil.NoSuchProcess):
+                if one.name().startswith("sshd"):
+                    one.kill()
 
     def freeze(self) -> None:
         """As if the cable were pulled: the connections stay, nothing answers."""
         for one in self.sessions():
-            one.send_signal(signal.SIGSTOP)
+            one.suspend()
 
     def stop(self) -> None:
         """End the server and every connection."""

@@ -410,6 +410,10 @@ class Server:
         self.loaded: dict[str, Loaded] = {}
         self.cores: list[int] = []
 
+    def same(self, path: str) -> bool:
+        """Whether the file is still what was loaded."""
+        return self.loaded[path].identity == identity(path)
+
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Of one request, when it is our turn."""
         if request.get("cores", []) != self.cores:
@@ -420,12 +424,13 @@ class Server:
                 check(request.get("sha256", {}))
                 return {"memory_mb": {path: memory_of(path, self.setup) for path in request["memory"]}}
             wanted: list[str] = request["models"]
-            loaded = self.loaded
-            loaded = {path: old for path, old in loaded.items() if path in wanted and old.identity == identity(path)}
+            named = request.get("sha256", {})  # such files never change, and may have made room for others
+            kept = [path for path in self.loaded if path in wanted]
+            loaded = {path: self.loaded[path] for path in kept if path in named or self.same(path)}
             self.loaded = loaded
             missing = [path for path in wanted if path not in loaded]
             if missing:
-                check(request.get("sha256", {}))
+                check(named)
             for path in missing:
                 loaded[path] = Loaded(path, self.setup, self.shared_pool)
             return measure([loaded[path] for path in wanted], request["rounds"], request["seconds"], self.rapl)

@@ -176,7 +176,7 @@ class _Master:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True
         )
         self._words = ""
-        self._bury = weakref.finalize(self, _bury, self._process, folder)
+        self._bury = weakref.finalize(self, _bury, self._process, self._log, folder)
 
     @property
     def alive(self) -> bool:
@@ -213,18 +213,20 @@ class _Master:
         return self._words
 
     def end(self) -> None:
-        self._bury()
+        self._process.kill()
+        self._process.wait()
         self.words()
-        self._log.close()
+        self._bury()
 
 
-def _bury(process: subprocess.Popen[bytes], folder: str) -> None:
+def _bury(process: subprocess.Popen[bytes], log: IO[bytes], folder: str) -> None:
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with suppress(BrokenPipeError):
                 pipe.close()
+    log.close()
     shutil.rmtree(folder, ignore_errors=True)
 
 
