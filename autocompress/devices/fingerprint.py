@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from autocompress.devices import there
 from autocompress.devices.cores import all_threads
 from autocompress.types import Numeric, Profile, UserError
 
-FLAGS = frozenset(
-    {"avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni"}
-    | {"avx_vnni_int8", "amx_tile", "amx_int8", "amx_bf16"}
-    | {"asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2"}
-)
 VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 X86 = frozenset({"x86_64", "amd64", "i686"})
 ARM = frozenset({"aarch64", "arm64"})
@@ -29,21 +21,7 @@ CHANGING = frozenset({"onnxruntime", "provider", "providers", "kernel", "governo
 
 def host(root: Path = Path("/")) -> dict[str, Any]:
     """Processor, its flags of interest, cores, memory, kernel and governor, as JSON. `root` is for tests."""
-    name, flags = _processor(root)
-    scaling = root / "sys/devices/system/cpu/cpu0/cpufreq"
-    governor, fastest = scaling / "scaling_governor", scaling / "cpuinfo_max_freq"
-    return {
-        "processor": name,
-        "machine": platform.machine().lower(),
-        "flags": sorted(flags & FLAGS),
-        "cores": psutil.cpu_count(logical=True) or 1,
-        "physical_cores": psutil.cpu_count(logical=False),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "system": platform.system(),
-        "kernel": platform.release(),
-        "governor": governor.read_text().strip() if governor.is_file() else None,
-        "max_mhz": round(int(fastest.read_text()) / 1e3) if fastest.is_file() else None,
-    }
+    return there.facts(root)  # as every other target tells them
 
 
 def short(facts: Mapping[str, Any]) -> str:
@@ -117,17 +95,3 @@ def check_expects(profile: Profile, facts: Mapping[str, Any]) -> None:
                 f"{names.replace('|', ' or ')}, which this one ({facts.get('processor', 'unknown')}) is not; "
                 "measure on such a machine or use `local-1t`"
             )
-
-
-def _processor(root: Path) -> tuple[str, set[str]]:
-    """Model name and all flags, as Linux or macOS tell them."""
-    listing = root / "proc/cpuinfo"
-    if listing.is_file():
-        rows = [line.partition(":") for line in listing.read_text().splitlines()]
-        pairs = {key.strip().lower(): value.strip() for key, _, value in reversed(rows)}
-        name = pairs.get("model name") or pairs.get("cpu part") or platform.machine()
-        return name, set((pairs.get("flags") or pairs.get("features") or "").split())
-    if platform.system() == "Darwin":
-        told = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
-        return told.stdout.strip() or platform.machine(), {"asimd", "asimddp"} if platform.machine() in ARM else set()
-    return platform.processor() or platform.machine(), set()
