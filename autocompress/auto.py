@@ -7,13 +7,13 @@ ones are tied: one gene for all that lies under a module. The same network gives
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from autocompress import registry, spacefile
 from autocompress.load import SpaceFile, among, holder
-from autocompress.types import Choice, Gene, Site, Space
+from autocompress.types import Choice, Gene, Profile, Site, Space
 
 if TYPE_CHECKING:
     from autocompress.models import Builder
@@ -22,6 +22,7 @@ NAME = "auto"
 MOST = 150  # genes; beyond it sites are tied
 RATIOS = (0.25, 0.5, 0.75)
 RANKS = (0.5, 0.25)
+RANK_LIMIT = "rank_limit "  # what a profile's `measured` calls the share of the rank below which low rank pays
 BLOCKS = ("merge", "drop")
 REPLACEMENTS = ("separable", "shuffle", "bottleneck", "smaller")
 # Least share of the network's multiply-adds that makes a site worth a gene; a prune gene's also counts its parameters.
@@ -45,18 +46,46 @@ def written(derived: Space, builder: Builder) -> SpaceFile:
     return spacefile.of(derived, builder.name, ABOUT, sites=builder.sites())
 
 
-def space(builder: Builder, *, multiple: int = 1) -> Space:
-    """The genes that make sense for this network; `multiple` is the targets' largest channel multiple.
+def targeted(builder: Builder, profiles: Sequence[Profile]) -> Space:
+    """The space for these targets: what their profiles say of channels, types and ranks decides what is offered.
+
+    A choice stays if it may pay on one of them.
+    """
+    return space(
+        builder,
+        multiple=max(profile.channel_multiple for profile in profiles),
+        types=tuple(dict.fromkeys(kind for profile in profiles for kind in profile.types)),
+        factors=max(_factors(profile) for profile in profiles),
+    )
+
+
+def _factors(profile: Profile) -> float:
+    """Up to which share of a layer's products two factors were faster on a target; 1 where nobody looked.
+
+    A survey's limit is a share of the rank of square layers, whose factors cost twice that share.
+    """
+    found = [limit for name, limit in profile.measured.items() if name.startswith(RANK_LIMIT)]
+    limits = [float(limit) for limit in found if isinstance(limit, float | int)]
+    return min(1.0, 2 * max(limits)) if limits else 1.0
+
+
+def space(
+    builder: Builder, *, multiple: int = 1, types: Sequence[str] = ("float32", "int8"), factors: float = 1.0
+) -> Space:
+    """The genes that make sense for this network.
+
+    `multiple` is the targets' largest channel multiple, `types` are those that one of them computes with, `factors` is
+    the share of a layer's products up to which two factors pay.
 
     Architecture first, then blocks, then each op's sites from input to output, then the training's recipe.
     """
     sites = tuple(sorted(builder.sites(), key=lambda site: (site.depth, len(site.name))))
-    recipe = tuple(_recipe())
+    recipe = tuple(_recipe(types))
     arch = tuple(
         Gene(name=knob, kind="arch", choices=choices) for knob, choices in arch_choices(builder).items() if choices[1:]
     )
     blocks = tuple(_blocks(sites))
-    whole = _Whole.of(sites, multiple)
+    whole = replace(_Whole.of(sites, multiple), types=frozenset(types), factors=factors)
     asked = {op: whole.places(op) for op in ORDER}
     tied = tie(asked, MOST - len(arch) - len(blocks) - len(recipe))
     genes = {gene.name: gene for gene in (*arch, *blocks)}
@@ -121,7 +150,7 @@ def _builds(builder: Builder, knob: str, choice: Choice) -> bool:
     return True
 
 
-def _recipe() -> Iterable[Gene]:
+def _recipe(types: Collection[str]) -> Iterable[Gene]:
     """How candidates are trained: distillation from the parent, and simulated integers."""
     distill, qat = _params("distill"), _params("qat")
     weight = _gene("distill", "weight", ".", (0.0, 0.5, 0.9))
@@ -129,7 +158,7 @@ def _recipe() -> Iterable[Gene]:
     if "kind" in distill:
         kinds = ("response", "attention", "features")
         yield _gene("distill", "kind", ".", kinds, {weight.name: weight.choices[1:]})
-    if "bits" in qat:
+    if "bits" in qat and "int8" in types:
         yield _gene("qat", "bits", ".", ("float", "int8"))
 
 
@@ -170,6 +199,8 @@ class _Whole:
     macs: int
     parameters: int
     multiple: int
+    types: frozenset[str] = frozenset({"int8"})
+    factors: float = 1.0
 
     @classmethod
     def of(cls, sites: tuple[Site, ...], multiple: int) -> _Whole:
@@ -210,7 +241,9 @@ class _Whole:
         if op == "prune":
             return (neutral, *distinct(site.out_channels, tuple(map(float, offered)), self.multiple))
         if op == "lowrank":
-            return (neutral, *(rank for rank in offered if pays(site, float(rank), self.multiple)))
+            return (neutral, *(rank for rank in offered if pays(site, float(rank), self.multiple, self.factors)))
+        if op == "quantize":
+            return (neutral, *(bits for bits in offered if bits in self.types))
         return (neutral, *offered)
 
 
@@ -218,7 +251,7 @@ _ALL: dict[str, Choices] = {
     "prune": (0.0, *RATIOS),
     "lowrank": (1.0, *RANKS),
     "replace": ("keep", *REPLACEMENTS),
-    "quantize": ("float", "int8"),
+    "quantize": ("float", "int8", "float16", "bfloat16"),
 }
 
 
@@ -239,12 +272,17 @@ def distinct(channels: int, ratios: tuple[float, ...], multiple: int) -> tuple[f
     return tuple(found)
 
 
-def pays(site: Site, rank: float, multiple: int) -> bool:
-    """Whether two factors of this share of the full rank cost less than the layer (plain SVD)."""
+def pays(site: Site, rank: float, multiple: int, factors: float = 1.0) -> bool:
+    """Whether two factors of this share of the full rank cost less than the layer (plain SVD).
+
+    `factors` is the share of the layer's products up to which they are faster, where a target was asked: that was with
+    linear layers and 1x1 convolutions.
+    """
     inputs = site.in_channels * site.kernel**2
     full = min(site.out_channels, inputs)
     wanted = max(int(rank * full / multiple + 0.5) * multiple, 1)
-    return wanted * (inputs + site.out_channels) < inputs * site.out_channels
+    share = factors if site.kernel == 1 else 1.0
+    return wanted * (inputs + site.out_channels) < share * inputs * site.out_channels
 
 
 def _when(path: str, op: str, sites: tuple[Site, ...], genes: Mapping[str, Gene]) -> dict[str, Choices] | None:

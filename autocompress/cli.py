@@ -35,6 +35,9 @@ Address = Annotated[
     str | None, typer.Option(metavar="HOST:6379", help="Use this running Ray cluster instead of one of our own.")
 ]
 Serial = Annotated[bool, typer.Option("--serial", help="One candidate after another in this process, without Ray.")]
+AsIs = Annotated[
+    bool, typer.Option("--as-is", help="Measure on a device that is not the one its profile was made for, too.")
+]
 OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a search (`out` in its job).")]
 
 
@@ -118,6 +121,7 @@ def search(
     workers: Annotated[int | None, typer.Option(help="Candidates evaluated at the same time.")] = None,
     address: Address = None,
     serial: Serial = False,
+    as_is: AsIs = False,
 ) -> None:
     """Search for the best model per device. Options take the place of what JOB says."""
     _one_way(address, serial)
@@ -132,6 +136,9 @@ def search(
             "search.workers": workers,
         },
     )
+    if as_is:
+        devices = tuple(budget.model_copy(update={"as_is": True}) for budget in record.devices)
+        record = record.model_copy(update={"devices": devices})
     from autocompress.run import run
 
     run(record, address=address, serial=serial, console=Console(emoji=False))
@@ -168,13 +175,16 @@ def measure(
         Path | None, typer.Option(metavar="FILE.onnx", help="File to compare with (else the model itself).")
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure.")] = 3.0,
+    as_is: AsIs = False,
     json: Annotated[bool, typer.Option("--json", help="The whole reading as JSON.")] = False,
 ) -> None:
     """Time an ONNX file on a target, interleaved with a baseline."""
     from autocompress.devices.station import measure_file
     from autocompress.load import profile as load_profile
 
-    reading = measure_file(model, load_profile(profile), baseline=baseline, seconds=seconds)
+    target = load_profile(profile)
+    target = target.model_copy(update={"as_is": True}) if as_is else target
+    reading = measure_file(model, target, baseline=baseline, seconds=seconds)
     if json:
         typer.echo(reading.model_dump_json(indent=2))
         return
@@ -188,7 +198,8 @@ def measure(
         )
     cores = ", ".join(map(str, reading.cores)) or "any"
     noisy = "; noisy: not to be relied on" if reading.noisy else ""
-    typer.echo(f"{reading.samples} runs in {reading.rounds} rounds on core {cores}{noisy}")
+    other = "; on another device than the profile was made for" if reading.as_is else ""
+    typer.echo(f"{reading.samples} runs in {reading.rounds} rounds on core {cores}{noisy}{other}")
 
 
 @app.command(epilog="Example: autocompress apply runs/digits/best/local-1t --weights new.safetensors --out next")
@@ -205,6 +216,7 @@ def apply(
         list[str] | None,
         typer.Option(metavar="PACKAGE", help="Import builder and task from this package if ARTIFACT names it."),
     ] = None,
+    as_is: AsIs = False,
 ) -> None:
     """Apply a found policy to new weights of the same network; without --weights, make the artifact again.
 
@@ -212,7 +224,7 @@ def apply(
     """
     from autocompress.reuse import apply as enact
 
-    done = enact(artifact, weights=weights, out=out, max_drop=max_drop, trust=trust or (), say=typer.echo)
+    done = enact(artifact, weights=weights, out=out, max_drop=max_drop, trust=trust or (), as_is=as_is, say=typer.echo)
     typer.echo(str(done))
 
 

@@ -141,7 +141,8 @@ def check_reach(profile: Profile) -> None:
 def targets(devices: Iterable[Budget]) -> tuple[tuple[Profile, ...], tuple[Budget, ...]]:
     """The profiles that budgets speak of, and the budgets again under the profiles' own names. Raises UserError."""
     budgets = tuple(devices)
-    profiles = tuple(profile(budget.profile) for budget in budgets)
+    found = ((profile(budget.profile), budget) for budget in budgets)
+    profiles = tuple(one.model_copy(update={"as_is": True}) if budget.as_is else one for one, budget in found)
     names = [one.name for one in profiles]
     for name in names:
         if names.count(name) > 1:

@@ -12,7 +12,7 @@ from torch import nn
 
 from autocompress import auto, load, pareto, registry
 from autocompress.controller import Header
-from autocompress.devices.fingerprint import check_expects, host, resolve_local
+from autocompress.devices.fingerprint import check_expects, check_same, host, resolve_local
 from autocompress.models import Builder
 from autocompress.models.foreign import Foreign
 from autocompress.ops import Op
@@ -64,6 +64,7 @@ def parts(
             raise UserError(f"device {profile.device!r} is no device: it cannot be called with a profile")
         if profile.device == "local":
             check_expects(profile, host())
+            check_same(profile, host(), as_is=profile.as_is)
     made = Parts(job, data, network, genes, resolved, budgets, pareto.goals(budgets))
     if job.search.searcher in registry.BUILT_IN["searcher"]:
         # options and packages that it lacks are said now, not when the parent is trained and measured
@@ -135,7 +136,7 @@ def make_space(name: str, network: Builder, profiles: Sequence[Profile]) -> Spac
         return load.space(name, network)
     if not network.sites():
         raise UserError(f"space: auto: model {network.name} has no layer or block that an op could act on")
-    return auto.space(network, multiple=max(profile.channel_multiple for profile in profiles))
+    return auto.targeted(network, profiles)
 
 
 def make_ops(names: tuple[str, ...]) -> Mapping[str, Op]:

@@ -62,7 +62,7 @@ def subject(
         if shape is not None or is_own(name):
             raise
         raise UserError(f"{error}; say what it is fed, e.g. --shape 3,32,32") from error
-    return Subject(builder, spec, auto.space(builder, multiple=target.channel_multiple), target)
+    return Subject(builder, spec, auto.targeted(builder, (target,)), target)
 
 
 def is_job(name: str) -> bool:

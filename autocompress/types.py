@@ -143,6 +143,7 @@ class Profile(Record):
     reach: Reach = Reach()
     memory_mb: Positive | None = None  # what a session may take there at most
     fingerprint: str = ""  # short hash of the one device that it was made for; empty: any that fits
+    as_is: bool = False  # another device than that one is measured on, too; stands in readings and manifests
     measured: dict[str, float | str] = {}  # what `device add` found there; nothing here is ever assumed
     template: bool = False  # written from the maker's documentation, not yet measured by us
 
@@ -157,6 +158,7 @@ class Budget(Record):
     throughput: Positive | None = None  # samples per second, at the profile's batch
     size_mb: Positive | None = None
     memory_mb: Positive | None = None  # peak of a process that runs the file
+    as_is: bool = False  # of a device that is not the one its profile was made for, too
 
 
 class Goal(Record):
@@ -199,6 +201,7 @@ class Reading(Record):
     quiet: bool = False  # taken in a quiet phase (trainers paused) rather than on reserved cores
     cores: tuple[int, ...] = ()
     fingerprint: str = ""  # short hash of the device's fingerprint
+    as_is: bool = False  # that device is not the one that the profile was made for
     seconds: float = 0.0  # station time spent
     batch: int = 1  # samples in one run
     load_ms: float = 0.0

@@ -79,11 +79,12 @@ def look(profile: Profile, *, seconds: float = SECONDS, say: Say = lambda _: Non
 
     Raises Unreachable, UserError where the profile does not fit what is there, TrialFailure if nothing runs.
     """
-    with reached(profile) as (device, cores):
+    with reached(profile) as device:
         facts = device.fingerprint()
         check_expects(profile, facts)
         believed = profile if "numeric" in profile.model_fields_set else _with(profile, numeric=suited(facts))
-        found = survey(device, believed, seconds=seconds, cores=cores, say=say)
+        with alone(profile) as cores:
+            found = survey(device, believed, seconds=seconds, cores=cores, say=say)
     threads = "all threads" if not profile.threads else f"{profile.threads} thread{'s' * (profile.threads > 1)}"
     what = [facts.get("processor") or facts.get("device") or "a device", f"{facts.get('cores', '?')} cores", threads]
     what += [f"batch {profile.batch}"] * (profile.batch > 1) + [profile.provider.removesuffix("ExecutionProvider")]
@@ -91,27 +92,36 @@ def look(profile: Profile, *, seconds: float = SECONDS, say: Say = lambda _: Non
 
 
 @contextmanager
-def reached(profile: Profile) -> Iterator[tuple[Device, tuple[int, ...]]]:
-    """The device of a profile and the cores to measure on, nobody else measuring on this host meanwhile."""
+def reached(profile: Profile) -> Iterator[Device]:
+    """The device of a profile, closed afterwards."""
     load.check_reach(profile)
     resolved = resolve_local(profile)
+    if not host_of(profile):
+        plan_cores([resolved])  # too few cores are said before anything is started
+    made = registry.call("device", profile.device, registry.resolve("device", profile.device), resolved)
+    device: Device = registry.genuine("device", profile.device, made)
+    close: Callable[[], None] = getattr(device, "close", lambda: None)
+    try:
+        yield device
+    finally:
+        close()
+
+
+@contextmanager
+def alone(profile: Profile) -> Iterator[tuple[int, ...]]:
+    """The cores to measure on, nobody else measuring on this host meanwhile; another host has a lock of its own."""
+    if host_of(profile):
+        yield ()
+        return
+    plan = plan_cores([resolve_local(profile)])
     with ExitStack() as held:
-        cores: tuple[int, ...] = ()
-        if not host_of(profile):
-            plan = plan_cores([resolved])
-            cores = plan.station
-            try:
-                if plan.quiet:
-                    held.enter_context(Gate().quiet(PATIENCE_S))
-                held.enter_context(HostLock().held(f"device {profile.name}", PATIENCE_S))
-            except TimeoutError as error:
-                raise TrialFailure(f"could not measure on {profile.name}: {error}") from error
-        made = registry.call("device", profile.device, registry.resolve("device", profile.device), resolved)
-        device: Device = registry.genuine("device", profile.device, made)
-        close: Callable[[], None] | None = getattr(device, "close", None)
-        if close is not None:
-            held.callback(close)
-        yield device, cores
+        try:
+            if plan.quiet:
+                held.enter_context(Gate().quiet(PATIENCE_S))
+            held.enter_context(HostLock().held(f"device {profile.name}", PATIENCE_S))
+        except TimeoutError as error:
+            raise TrialFailure(f"could not measure on {profile.name}: {error}") from error
+        yield plan.station
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -165,13 +175,13 @@ class Fact(Record):
 def check(profile: Profile, *, seconds: float = 3.0) -> Iterator[Fact]:
     """Whether a device answers, is the one it was, has the runtime it had, and is quiet; ends at the first silence."""
     try:
-        with reached(profile) as (device, cores):
-            yield from _facts(profile, device, cores, seconds)
+        with reached(profile) as device:
+            yield from _facts(profile, device, seconds)
     except (Unreachable, UserError, TrialFailure) as error:
         yield Fact(what="reachable" if isinstance(error, Unreachable) else "usable", ok=False, said=str(error))
 
 
-def _facts(profile: Profile, device: Device, cores: tuple[int, ...], seconds: float) -> Iterator[Fact]:
+def _facts(profile: Profile, device: Device, seconds: float) -> Iterator[Fact]:
     facts = device.fingerprint()
     way = host_of(profile) or ("this host" if profile.device == "local" else profile.device)
     yield Fact(what="reachable", ok=True, said=f"{way}: {facts.get('processor', 'unknown processor')}")
@@ -190,7 +200,8 @@ def _facts(profile: Profile, device: Device, cores: tuple[int, ...], seconds: fl
         same = then is None or then == now
         changed = "" if same else f", was {then}: run `autocompress device add {profile.name} ... --force`"
         yield Fact(what=what, ok=same, said=f"{'onnxruntime ' * (key == 'onnxruntime')}{now}{changed}")
-    seen = quiet(device, profile.batch, seconds=seconds, cores=cores)
+    with alone(profile) as cores:
+        seen = quiet(device, profile.batch, seconds=seconds, cores=cores)
     noise = 100 * float(np.max(np.abs(np.array(seen.ratios) - 1)))
     then = profile.measured.get("noise_pct")
     before = f", {then:g} % when it was added" if isinstance(then, float | int) else ""

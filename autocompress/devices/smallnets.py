@@ -73,7 +73,7 @@ class Net:
         answer = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
         graph = helper.make_graph(self.nodes, "small", [given], [answer], self.constants)
         made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR)
-        return made.SerializeToString()
+        return onnx.shape_inference.infer_shapes(made).SerializeToString()  # some providers want every shape
 
     def node(self, operation: str, inputs: list[str], **attributes: Any) -> str:
         """Add a node; the name of its answer."""

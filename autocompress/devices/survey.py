@@ -263,11 +263,7 @@ class _Looking:
                 )
                 for share in RANKS
             ]
-            limit = 0.0
-            for share, ratio in zip(RANKS, ratios, strict=True):
-                if ratio.high >= 1.0:
-                    break
-                limit = share
+            limit = crossing(RANKS, [ratio.value for ratio in ratios])
             self.measured[f"rank_limit {kind} {form}"] = limit
             label = "linear layers" if form == "linear" else "1x1 convolutions"
             if limit:
@@ -328,6 +324,18 @@ class _Looking:
 
 def _figures(findings: Sequence[Finding]) -> str:
     return ", ".join(f"{one.what.partition(', ')[2]} {one.ratio.value:.2f}" for one in findings if one.ratio)
+
+
+def crossing(shares: Sequence[float], ratios: Sequence[float], level: float = 1.0 - EVEN) -> float:
+    """The share up to which ratios stay below `level`, between two of them on a line; 0 if the first does not."""
+    before: tuple[float, float] | None = None
+    for share, ratio in zip(shares, ratios, strict=True):
+        if ratio >= level:
+            if before is None:
+                return 0.0
+            return round(before[0] + (share - before[0]) * (level - before[1]) / (ratio - before[1]), 3)
+        before = share, ratio
+    return shares[-1]
 
 
 def step(middles: Middles) -> int:

@@ -245,6 +245,8 @@ def _claimed(
 
 def _refusal(wiring: Wiring, node: onnx.NodeProto, bits: str, profile: Profile) -> str:
     """Why a layer cannot compute as asked, "" if it can."""
+    if bits in ("int8", "int8-dynamic") and "int8" not in profile.types:
+        return f"profile {profile.name} does not run int8 (its `types` are {', '.join(profile.types)})"
     if bits == "int8":
         return refusal(wiring, node)
     if bits in ("int8-dynamic", "int4"):
