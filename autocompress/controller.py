@@ -1,15 +1,17 @@
 """The loop: ask, tell, journal, resume (floor F4). Knows neither torch nor ray, nor how a trial is evaluated.
 
 Every step is written to the journal first and acted upon afterwards. States of a trial in the journal: `running` (a new
-attempt, with `why`: new, promoted, resumed or retry), `rung` (it went on), and the ends of `types.State`.
+attempt, with `why`: new, promoted, resumed or retry), `rung` (it went on), and the ends of `types.State`. An end with
+`late` completes one before it: those profiles' devices were away then. Number 0 also has `away` and `back`, of devices.
 """
 
 from __future__ import annotations
 
 import math
+import queue
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Protocol
 
 from pydantic import ValidationError
@@ -26,6 +28,7 @@ from autocompress.types import (
     Goal,
     Limit,
     Outcome,
+    Reading,
     Record,
     SearchPlan,
     Space,
@@ -37,6 +40,8 @@ from autocompress.types import (
 
 RETRIES = 2
 COST = "cost"  # an event of number 0: the cost was changed on resuming
+AWAY, BACK = "away", "back"  # events of number 0: a device does not answer, or does again
+LATE = "late"  # key of an event: the profiles whose readings came after the trial's end
 
 
 class Header(Record):
@@ -81,7 +86,7 @@ class Evaluator(Protocol):
 
 
 class Controller:
-    """Which trial next, does it go on, what came out. One thread calls it; `stop` may be called from any."""
+    """Which trial next, does it go on, what came out. One thread calls it; `stop` and `post` may be called from any."""
 
     def __init__(
         self,
@@ -108,6 +113,7 @@ class Controller:
         self._retries: dict[int, int] = {}
         self._ladder = Ladder(plan.fidelity, self.goals, limit)
         self._exhausted = self._stopped = False
+        self._posted: queue.SimpleQueue[Callable[[Controller], None]] = queue.SimpleQueue()
         self._clock = clock
         self._before = 0.0  # seconds spent before this process
         self._started = clock()
@@ -193,6 +199,7 @@ class Controller:
 
     def ask(self) -> Assignment | None:
         """What to run next: lost trials first, then promotions, then the searcher's; None when there is nothing now."""
+        self.settle()
         if self._stopped or self.elapsed >= self.cost.minutes * 60:
             return None
         if self._again:
@@ -254,6 +261,53 @@ class Controller:
         self._open.discard(number)
         self._again[number] = "retry"
         return True
+
+    # --- devices that were away -----------------------------------------------------------------------------------
+
+    def post(self, action: Callable[[Controller], None]) -> None:
+        """From any thread: have this done in the controller's own, at its next ask or `settle`."""
+        self._posted.put(action)
+
+    def settle(self) -> None:
+        """Do what was posted."""
+        while True:
+            try:
+                action = self._posted.get_nowait()
+            except queue.Empty:
+                return
+            action(self)
+
+    def device(self, profile: str, why: str) -> None:
+        """Note that a device does not answer, and `why`; or, with an empty `why`, that it does again."""
+        told = {"why": why} if why else {}
+        self._write({"number": 0, "state": AWAY if why else BACK, "profile": profile, **told})
+
+    def late(self, number: int, attempt: int, role: str, readings: Mapping[str, Reading], reason: str = "") -> None:
+        """Readings of a trial that ended while a device was away, or the `reason` why its file fails there.
+
+        The file's `role` leaves the outcome, and the trial is told again. Nothing happens for a trial that has gone on
+        since `attempt`: it measures for itself.
+        """
+        trial = self._trials[number]
+        known = trial.attempt == attempt and role in trial.outcome.files
+        if not known or number in self._open or trial.state not in (State.DONE, State.STOPPED):
+            return
+        files = {other: sha for other, sha in trial.outcome.files.items() if other != role}
+        outcome = trial.outcome.model_copy(
+            update={"readings": {**trial.outcome.readings, **readings}, "files": files, "reason": reason}
+        )
+        if bad := _not_json(outcome):
+            reason, outcome = bad, trial.outcome.model_copy(update={"files": files, "reason": bad})
+        trial = trial.model_copy(update={"state": State.FAILED if reason else trial.state, "outcome": outcome})
+        self._write(self._end(trial) | {LATE: sorted(readings)})
+        self._completed(trial)
+        self.searcher.tell(trial)
+
+    def _completed(self, trial: Trial) -> None:
+        self._trials[trial.number] = trial
+        self._ladder.complete(trial.number, trial.outcome)
+        if trial.state is State.FAILED:
+            self._ladder.leave(trial.number, trial.rung)
 
     # --- journal first, then act --------------------------------------------------------------------------------------
 
@@ -374,6 +428,8 @@ class Controller:
         if state == COST:
             self.cost = Cost.model_validate(event["cost"])
             return None, None
+        if number == 0 and state in (AWAY, BACK):
+            return None, None
         if state == State.RUNNING:
             return None, self._step_running(event)
         outcome = Outcome.model_validate(event["outcome"])
@@ -381,6 +437,12 @@ class Controller:
             genotype: Genotype = tuple(event["genotype"])
             self._trials[0] = Trial(number=0, genotype=genotype, state=State(state), outcome=outcome)
             return self._trials[0], None
+        if LATE in event:
+            if number in self._open or not self._trials[number].state.ended:
+                raise ValueError(f"trial {number} is completed before its end")
+            trial = self._trials[number].model_copy(update={"state": State(state), "outcome": outcome})
+            self._completed(trial)
+            return trial, None
         trial = self._in_flight(number).model_copy(
             update={"state": State(state), "rung": int(event["rung"]), "outcome": outcome}
         )

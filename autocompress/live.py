@@ -80,8 +80,8 @@ class Progress:
             self.began = now
         if trial.state is State.RUNNING:
             self.since[trial.number] = now
-        if trial.state.ended and trial.number in self.since:
-            self.took[trial.number] = now - self.since[trial.number]
+        if trial.state.ended and trial.number in self.since:  # a reading that came late leaves this alone
+            self.took[trial.number] = now - self.since.pop(trial.number)
         self.trials[trial.number] = trial
         if trial.number in self.last:
             self.last.remove(trial.number)

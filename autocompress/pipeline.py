@@ -12,6 +12,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from torch import nn
 
 from autocompress import export as exporting
 from autocompress import memory
+from autocompress.devices import AllAway, Unreachable, host_of
 from autocompress.distill import Distillation
 from autocompress.models import Builder
 from autocompress.models.trace import examples, thop_count
@@ -58,6 +60,8 @@ FINE_RATE, MASKED_RATE = 1 / 40, 1 / 8  # of the recipe's rate, for weights that
 PERSISTENCE = 1  # further tries at a noisy reading of a candidate that is fully trained
 BATCHNORM_BATCHES = 8
 FROZEN = 64  # calibration samples for which a file must be right that keeps one way of several
+LATER = "later:"  # role of a file that a device was away for: it is measured when the device is back
+ASK_AGAIN_S = 5.0  # at most, between tries at devices that are all away
 FIRST_LOOK = 32  # calibration images for the latency-first file: ranges do not change its speed
 
 
@@ -227,6 +231,7 @@ class Checkpoint(Record):
     instruments: tuple[Receipt, ...] = ()
     readings: dict[str, Reading]
     keys: dict[str, str]
+    later: dict[str, str] = {}
     training: str
 
 
@@ -474,6 +479,32 @@ def at_best(reading: Reading) -> Reading:
     return reading.model_copy(update={name: Interval(value=at, low=at, high=at) for name, at in best.items()})
 
 
+def settled(reading: Reading, budgets: Sequence[Budget]) -> bool:
+    """Whether both ends of a noisy reading's interval say the same of its budget: then noise changes nothing."""
+    own = [budget for budget in budgets if budget.profile == reading.profile]
+    return bool(own) and all(meets(reading, budget, None) == meets(at_best(reading), budget, None) for budget in own)
+
+
+def firm(measure: Measure, profile: str, model: bytes, key: str, budgets: Sequence[Budget]) -> Reading:
+    """A reading of a fully trained file: a noisy one is taken again, then refused unless it leaves no doubt.
+
+    Raises TrialFailure where noise stays, or the file does not run there.
+    """
+    reading = measure(profile, model, key, again=True)
+    for _ in range(PERSISTENCE):
+        if reading.noisy:
+            reading = measure(profile, model, key, again=True)
+    if reading.noisy and not settled(reading, budgets):
+        low, high = reading.ratio.low, reading.ratio.high
+        raise TrialFailure(f"{profile}: reading too noisy, ratio between {low:.3f} and {high:.3f}")
+    return reading
+
+
+def missed(outcome: Outcome) -> dict[str, str]:
+    """Files that devices were away for, by profile: a trial whose outcome is not complete yet."""
+    return {role.removeprefix(LATER): sha for role, sha in outcome.files.items() if role.startswith(LATER)}
+
+
 def notes_of(receipts: Sequence[Receipt]) -> tuple[str, ...]:
     """One line per rule that was not followed, or not as it was asked."""
     found: list[str] = []
@@ -489,11 +520,19 @@ def notes_of(receipts: Sequence[Receipt]) -> tuple[str, ...]:
 class Evaluator:
     """Evaluates assignments one after another; lives in a worker process."""
 
-    def __init__(self, work: Work, budgets: Sequence[Budget], files: Files, measure: Measure) -> None:
+    def __init__(
+        self, work: Work, budgets: Sequence[Budget], files: Files, measure: Measure, *, patience: float = 900.0
+    ) -> None:
+        """`patience`: seconds to wait while no device at all can be reached. `measure` may be called by threads."""
         self.work, self.budgets, self.files, self.measure = work, tuple(budgets), files, measure
+        self.patience = patience
 
     def evaluate(self, assignment: Assignment) -> Iterator[tuple[State, Outcome]]:
-        """Yield (RUNG, outcome) after each rung but the last, then the end; closing the generator stops the trial."""
+        """Yield (RUNG, outcome) after each rung but the last, then the end; closing the generator stops the trial.
+
+        Where some devices are away the outcome lacks their readings and `missed` names the files for them. Raises
+        AllAway when none could be reached for `patience` seconds.
+        """
         path = _Path(self, assignment)
         torch.manual_seed(assignment.seed)
         try:
@@ -510,6 +549,7 @@ class _Path:
         self.evaluator, self.assignment = evaluator, assignment
         self.readings: dict[str, Reading] = {}
         self.keys: dict[str, str] = {}
+        self.later: dict[str, str] = {}  # profile -> sha256 of the file that it was away for
         self.seconds: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
 
@@ -524,7 +564,8 @@ class _Path:
 
     def outcome(self, *, reason: str = "", files: dict[str, str] | None = None) -> Outcome:
         seconds = {name: round(value, 4) for name, value in self.seconds.items()}
-        return Outcome(readings=self.readings, seconds=seconds, reason=reason, files=files or {}, **self.facts)
+        kept = (files or {}) | {f"{LATER}{name}": sha for name, sha in self.later.items()}
+        return Outcome(readings=self.readings, seconds=seconds, reason=reason, files=kept, **self.facts)
 
     def walk(self) -> Iterator[tuple[State, Outcome]]:
         assignment, policy = self.assignment, self.assignment.candidate.policy
@@ -565,6 +606,7 @@ class _Path:
                     instruments=shaped.instruments,
                     readings=self.readings,
                     keys=self.keys,
+                    later=self.later,
                     training=self.files.put(trainer.state()),
                 )
                 yield (
@@ -598,34 +640,68 @@ class _Path:
         self.facts["size_mb"] = {p.name: releases[p.numeric.variant].size_mb for p in self.work.profiles}
 
     def time(self, releases: Mapping[str, Release], *, final: bool = False) -> None:
-        """Measure what has no firm reading for its graph yet.
+        """Measure what has no firm reading for its graph yet, on different hosts at the same time.
 
-        A noisy one is taken again at the end, and then refused unless the noise leaves no doubt about the budget.
+        A noisy one is taken again at the end, and then refused unless the noise leaves no doubt about the budget. A
+        device that is away is passed over as long as another has answered.
         """
         self.sizes(releases)
-        for profile in self.work.profiles:
-            release_ = releases[profile.numeric.variant]
-            held = self.readings.get(profile.name)
-            if held is not None and not held.noisy and self.keys.get(profile.name) == release_.key:
-                continue
-            reading = self.reading(profile.name, release_, again=final)
-            for _ in range(PERSISTENCE if final else 0):
-                if reading.noisy:
-                    reading = self.reading(profile.name, release_, again=True)
-            if reading.noisy and final and not self.settled(reading):
-                low, high = reading.ratio.low, reading.ratio.high
-                raise TrialFailure(f"{profile.name}: reading too noisy, ratio between {low:.3f} and {high:.3f}")
-            self.readings = {**self.readings, profile.name: reading}
-            self.keys[profile.name] = release_.key
+        wanted = {
+            profile.name: (host_of(profile), releases[profile.numeric.variant])
+            for profile in self.work.profiles
+            if not self.holds(profile.name, releases[profile.numeric.variant].key)
+        }
+        pause, until = 0.5, time.monotonic() + self.evaluator.patience
+        while True:
+            with self.stage("measure", working=False):
+                found = self.look(wanted, final=final)
+            absent = {name: gone for name, gone in found.items() if isinstance(gone, Unreachable)}
+            if len(absent) < len(self.work.profiles):
+                break
+            if time.monotonic() >= until:
+                why = "; ".join(f"{name}: {gone}" for name, gone in absent.items())
+                minutes = self.evaluator.patience / 60
+                raise AllAway(
+                    f"no device has answered for {minutes:.3g} minutes ({why}); make one reachable and resume"
+                )
+            with self.stage("waiting for devices", working=False):
+                time.sleep(pause)
+            pause = min(2 * pause, ASK_AGAIN_S)
+        for name, reading in found.items():
+            key = wanted[name][1].key
+            if not isinstance(reading, Unreachable):
+                self.readings, self.keys[name] = {**self.readings, name: reading}, key
+                self.later.pop(name, None)
+            elif self.keys.get(name) != key or not (final and settled(self.readings[name], self.evaluator.budgets)):
+                self.readings = {other: held for other, held in self.readings.items() if other != name}
+                self.keys.pop(name, None)
+                self.later[name] = self.files.put(wanted[name][1].model)
 
-    def settled(self, reading: Reading) -> bool:
-        """Whether both ends of a noisy reading's interval say the same of its budget: then noise changes nothing."""
-        budgets = [budget for budget in self.evaluator.budgets if budget.profile == reading.profile]
-        return bool(budgets) and all(meets(reading, b, None) == meets(at_best(reading), b, None) for b in budgets)
+    def holds(self, profile: str, key: str) -> bool:
+        """Whether there is a firm reading of a file with this graph."""
+        held = self.readings.get(profile)
+        return held is not None and not held.noisy and self.keys.get(profile) == key
 
-    def reading(self, profile: str, item: Release, *, again: bool) -> Reading:
-        with self.stage("measure", working=False):
-            return self.evaluator.measure(profile, item.model, item.key, again=again)
+    def look(self, wanted: Mapping[str, tuple[str, Release]], *, final: bool) -> dict[str, Reading | Unreachable]:
+        """Readings by profile; hosts are asked side by side, profiles of one host in turn."""
+
+        def ask(host: str) -> dict[str, Reading | Unreachable]:
+            return {name: self.reading(name, one, final=final) for name, (at, one) in wanted.items() if at == host}
+
+        hosts = list(dict.fromkeys(at for at, _ in wanted.values()))
+        if len(hosts) < 2:
+            return ask(hosts[0]) if hosts else {}
+        with ThreadPoolExecutor(len(hosts)) as threads:
+            return {name: one for answer in list(threads.map(ask, hosts)) for name, one in answer.items()}
+
+    def reading(self, profile: str, item: Release, *, final: bool) -> Reading | Unreachable:
+        measure = self.evaluator.measure
+        try:
+            if final:
+                return firm(measure, profile, item.model, item.key, self.evaluator.budgets)
+            return measure(profile, item.model, item.key, again=False)
+        except Unreachable as gone:
+            return gone
 
     def too_slow(self) -> str:
         found = ", ".join(f"{name} {reading.ms.value:.3g} ms" for name, reading in self.readings.items())
@@ -642,6 +718,7 @@ class _Path:
         trainer = training(self.work, shaped, candidate.policy, self.assignment.seed)
         trainer.load(self.files.get(checkpoint.training))
         self.readings, self.keys = dict(checkpoint.readings), dict(checkpoint.keys)
+        self.later = dict(checkpoint.later)
         return shaped, trainer
 
     def keep(self, structure: Sequence[Receipt], settled: Settled, releases: Mapping[str, Release]) -> dict[str, str]:

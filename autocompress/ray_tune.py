@@ -9,6 +9,7 @@ inside a placement group would otherwise wait for ever).
 # ruff: noqa: ARG001, ARG002  (Ray and Python call these by signature)
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -34,16 +35,19 @@ import psutil
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 import ray
 from ray import tune
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayError, RayTaskError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher as TuneSearcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autocompress.controller import Controller, Evaluator, steps
-from autocompress.devices.cores import keep_to
+from autocompress.devices import AllAway, Samples, Unreachable
+from autocompress.devices.cores import keep_to, plan_cores
+from autocompress.devices.fingerprint import resolve_local
+from autocompress.devices.local import WAIT_S, LocalDevice
 from autocompress.journal import Event
 from autocompress.store import Store
-from autocompress.types import Assignment, Outcome, Reading, State, TrialFailure, UserError
+from autocompress.types import Assignment, Outcome, Profile, Reach, Reading, State, TrialFailure, UserError
 
 PREFIX = "acray"  # Ray's temporary folder: short, because socket paths must stay below 107 characters
 SWITCHES = {
@@ -83,6 +87,11 @@ class _Resident:
     def age(self) -> float:
         """Seconds the current call has been running, 0 when idle."""
         return time.monotonic() - self._since if self._since else 0.0
+
+    @ray.method(concurrency_group="watch")
+    def look(self, method: str) -> Any:
+        """What a quick method says, in the middle of a call too; None before the object is made."""
+        return None if self._made is None else getattr(self._made, method)()
 
 
 _REMOTE: dict[str, Any] = {
@@ -162,11 +171,239 @@ class RemoteFiles(Remote):
 
 
 class RemoteStation(Remote):
-    """A station in its own process; other methods than `measure` through `call`."""
+    """A station in its own process; other methods than these through `call`."""
 
     def measure(self, profile_name: str, model: bytes, key: str = "", **named: Any) -> Reading:
         """Latency of an ONNX file, given as bytes, on a profile's device."""
         return self.call("measure", profile_name, model, *([key] if key else []), **named)
+
+    def away(self) -> dict[str, str]:
+        """Profiles whose device does not answer, and why. Raises RayError where the station itself does not."""
+        actor = ray.get_actor(self.name, self.namespace)
+        found: Any = ray.get(actor.look.remote("away"), timeout=self.patience)
+        return found or {}
+
+
+class RemoteStations:
+    """A station for each host, so that one does not wait for another's."""
+
+    def __init__(self, stations: Mapping[str, RemoteStation]) -> None:
+        """`stations` by profile."""
+        self._stations = dict(stations)
+
+    def measure(self, profile_name: str, model: bytes, key: str = "", **named: Any) -> Reading:
+        """Latency of an ONNX file, given as bytes, on a profile's device."""
+        return self._stations[profile_name].measure(profile_name, model, key, **named)
+
+    def away(self) -> dict[str, str]:
+        """Profiles whose device does not answer, and why."""
+        once = {station.name: station for station in self._stations.values()}
+        return {name: why for station in once.values() for name, why in station.away().items()}
+
+
+# --- a node of the cluster as a device ---------------------------------------------------------------------------
+
+
+TOKEN = 0.001  # of the resource: it says where; that nothing overlaps is for the lock of the host
+KEPT = 4  # files on the node
+
+
+class _There:
+    """The device's end, on the node that holds the resource: a local device there, with files that came as bytes."""
+
+    def __init__(self, profile: str) -> None:
+        self._profile = Profile.model_validate_json(profile).model_copy(update={"device": "local", "reach": Reach()})
+        self._device: LocalDevice | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="autocompress-")  # for as long as this process lives
+
+    def node(self) -> str:
+        return ray.get_runtime_context().get_node_id()
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self._made().fingerprint()
+
+    def lacks(self, places: Sequence[tuple[str, str]]) -> list[int]:
+        return [at for at, place in enumerate(places) if not Path(self._folder.name, *place).is_file()]
+
+    def put(self, key: str, files: dict[str, bytes]) -> None:
+        root = Path(self._folder.name)
+        old = sorted(root.iterdir(), key=lambda folder: folder.stat().st_mtime)
+        for folder in old[: max(0, len(old) - KEPT + 1)]:
+            shutil.rmtree(folder)
+        try:
+            (root / key).mkdir(exist_ok=True)
+            for name, data in reversed(files.items()):  # the graph last: it says that all is there
+                (root / key / name).write_bytes(data)
+        except OSError as error:
+            shutil.rmtree(root / key, ignore_errors=True)
+            raise TrialFailure(f"{self._profile.name}: cannot write the file there ({error.strerror})") from error
+
+    def time(self, places: Sequence[tuple[str, str]], rounds: int, seconds: float) -> tuple[Samples, list[str]]:
+        device, paths = self._made(), self._paths(places)
+        cores = plan_cores([self._profile]).station
+        return device.time(paths, rounds=rounds, seconds=seconds, cores=cores), list(map(str, paths))
+
+    def memory(self, places: Sequence[tuple[str, str]]) -> tuple[dict[str, float], list[str]]:
+        device, paths = self._made(), self._paths(places)
+        return device.memory(paths), list(map(str, paths))
+
+    def _paths(self, places: Sequence[tuple[str, str]]) -> list[Path]:
+        paths = [Path(self._folder.name, *place) for place in places]
+        for path in paths:
+            os.utime(path.parent)
+        return paths
+
+    def _made(self) -> LocalDevice:
+        if self._device is None:
+            self._device = LocalDevice(resolve_local(self._profile))
+        return self._device
+
+
+_ACTOR: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0}
+_THERE: Any = ray.remote(**_ACTOR)(_There)
+
+
+class RayDevice:
+    """`device: ray`, `reach: {resource: "device:pi"}`: a node of the cluster that holds the resource measures.
+
+    An actor there (no CPU, a little of the resource) runs the same timing process as a local device; files travel as
+    bytes. It ends with this object. Outside a search the cluster is that of RAY_ADDRESS. Raises UserError without a
+    resource or a cluster, Unreachable while no node holds the resource.
+    """
+
+    def __init__(self, profile: Profile, *, patience: float = 60.0) -> None:
+        """`patience`: seconds that a call may take beyond its timing, and an actor to start."""
+        self.profile, self.patience = profile, patience
+        self.resource = profile.reach.resource
+        if not self.resource:
+            raise UserError(f'profile {profile.name!r}: `device: ray` needs `reach: {{resource: "device:NAME"}}`')
+        if not ray.is_initialized():
+            _join(profile.name)
+        self._actor: Any = None
+        self._node = ""
+        self._keys: dict[tuple[str, int, int], str] = {}  # path, time of change, size -> sha256
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Of the node: processor, kernel, runtime, as a local device there has it."""
+        return self._ask("fingerprint")
+
+    def time(self, models: Sequence[Path], *, rounds: int, seconds: float, cores: Sequence[int] = ()) -> Samples:
+        """See `Device.time`; cores are chosen there."""
+        limit = seconds + 2 * self.patience + WAIT_S
+        samples, names = self._ask("time", self._sent(models), rounds, seconds, limit=limit)
+        here = dict(zip(names, map(str, models), strict=True))
+        renamed: dict[str, Any] = {
+            field: {here[name]: value for name, value in getattr(samples, field).items()}
+            for field in ("times_ms", "load_ms", "memory_mb", "energy_mj")
+        }
+        return samples.model_copy(update=renamed)
+
+    def memory(self, models: Sequence[Path]) -> dict[str, float]:
+        """See `TellsMemory.memory`."""
+        found, names = self._ask("memory", self._sent(models), limit=2 * self.patience + WAIT_S)
+        here = dict(zip(names, map(str, models), strict=True))
+        return {here[name]: value for name, value in found.items()}
+
+    def _sent(self, models: Sequence[Path]) -> list[tuple[str, str]]:
+        """Where the files lie there; those that it lacks are sent."""
+        places = [(self._key(model), model.name) for model in models]
+        for at in self._ask("lacks", places):
+            files = {path.name: path.read_bytes() for path in _parts(models[at])}
+            self._ask("put", places[at][0], files, limit=2 * self.patience)
+        return places
+
+    def close(self) -> None:
+        """End the actor; the device may be used again."""
+        actor, self._actor = self._actor, None
+        if actor is not None and ray.is_initialized():
+            with suppress(RayError, ValueError):
+                ray.kill(actor)
+
+    def _key(self, model: Path) -> str:
+        parts = _parts(model)
+        facts = [path.stat() for path in parts]
+        known = (str(model), max(fact.st_mtime_ns for fact in facts), sum(fact.st_size for fact in facts))
+        if known not in self._keys:
+            found = hashlib.sha256(model.name.encode())
+            for path in parts:
+                found.update(path.read_bytes())
+            self._keys[known] = found.hexdigest()
+        return self._keys[known]
+
+    def _ask(self, method: str, *args: Any, limit: float | None = None) -> Any:
+        """Call the actor. Raises what it raises, and Unreachable when it or its node is gone."""
+        limit = limit or self.patience
+        actor = self._start()
+        try:
+            answer = getattr(actor, method).remote(*args)
+            until = time.monotonic() + limit
+            while True:
+                with suppress(GetTimeoutError):
+                    return ray.get(answer, timeout=min(limit, 5.0))
+                if not self._alive():
+                    raise self._gone("its node has left the cluster")
+                if time.monotonic() > until:
+                    self.close()
+                    raise TrialFailure(f"{self.profile.name}: no answer within {limit:.0f} s; its process was ended")
+        except RayTaskError as error:
+            raise error.cause from error
+        except (RayError, ValueError) as error:  # ValueError: a handle of a cluster that we have left
+            if isinstance(error, ActorDiedError) and self._alive(settle=5.0):
+                self.close()
+                raise TrialFailure(f"{self.profile.name}: the process there ended ({_first_line(error)})") from error
+            raise self._gone(_first_line(error)) from error
+
+    def _start(self) -> Any:
+        if self._actor is not None:
+            return self._actor
+        if not ray.is_initialized():
+            raise self._gone("not connected to the cluster")
+        if not any(node["Alive"] and node["Resources"].get(self.resource, 0) > 0 for node in ray.nodes()):
+            raise self._gone(f"no node of the Ray cluster holds {self.resource}")
+        actor = _THERE.options(resources={self.resource: TOKEN}).remote(self.profile.model_dump_json())
+        try:
+            self._node = ray.get(actor.node.remote(), timeout=self.patience)
+        except RayError as error:
+            with suppress(RayError):
+                ray.kill(actor)
+            why = f"nothing started there within {self.patience:.0f} s"
+            raise self._gone(why if isinstance(error, GetTimeoutError) else _first_line(error)) from error
+        self._actor = actor
+        return actor
+
+    def _alive(self, settle: float = 0.0) -> bool:
+        """Whether the node is there; a death is known to all after some seconds (`settle`)."""
+        until = time.monotonic() + settle
+        while any(node["NodeID"] == self._node and node["Alive"] for node in ray.nodes()):
+            if time.monotonic() >= until:
+                return True
+            time.sleep(0.25)
+        return False
+
+    def _gone(self, why: str) -> Unreachable:
+        self.close()
+        return Unreachable(f"{self.profile.name} cannot be reached: {why}")
+
+
+def _parts(model: Path) -> list[Path]:
+    """A model's file, and the one beside it with large weights."""
+    beside = model.with_name(f"{model.name}.data")
+    return [model, beside] if beside.is_file() else [model]
+
+
+def _join(name: str) -> None:
+    """Outside a search: the cluster of RAY_ADDRESS."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        raise UserError(
+            f"profile {name!r} is reached through Ray: name the cluster that holds it, by --address HOST:PORT or in "
+            "the variable RAY_ADDRESS"
+        )
+    reach(address)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=True)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"no Ray cluster can be used at {address}: {_first_line(error)}") from error
 
 
 # --- a trial in its worker --------------------------------------------------------------------------------------------
@@ -208,7 +445,7 @@ class _Worker(tune.Trainable):
         try:
             state, outcome = next(self._work)
         except UserError as error:
-            return {"problem": str(error), "user": True, "done": True}
+            return {"problem": str(error), "user": True, "away": isinstance(error, AllAway), "done": True}
         # As one string: Tune would flatten a nested result key by key.
         found = json.dumps(outcome.model_dump(exclude_defaults=True))
         return {"state": state.value, "outcome": found, "done": state.ended}
@@ -276,13 +513,20 @@ class _Loop:
         number = self.numbers.pop(trial_id)
         try:
             if result is not None and "problem" in result:
-                kind = UserError if result["user"] else RuntimeError
+                kind = AllAway if result.get("away") else UserError if result["user"] else RuntimeError
                 self._end(kind(result["problem"]))
             elif result is not None and "state" in result and State(result["state"]).ended:
                 self.fruitful = True
                 self.controller.tell(number, State(result["state"]), _outcome(result))
             else:
                 self.controller.lost(number, reason)
+        except Exception as error:  # noqa: BLE001
+            self._end(error)
+
+    def settle(self) -> None:
+        """Take in what other threads have posted, between results too."""
+        try:
+            self.controller.settle()
         except Exception as error:  # noqa: BLE001
             self._end(error)
 
@@ -374,6 +618,7 @@ class _Until(tune.Stopper):
         return False
 
     def stop_all(self) -> bool:
+        self._loop.settle()
         if self._loop.over:
             self._loop.kill_workers()
         return self._loop.over
@@ -435,6 +680,7 @@ class Session(AbstractContextManager["Session"]):
         self._handles: dict[str, Any] = {}
         self._undo: list[Callable[[], object]] = []
         self._folder: Path | None = None
+        self.up = False
 
     def __enter__(self) -> Session:
         if ray.is_initialized():
@@ -445,12 +691,14 @@ class Session(AbstractContextManager["Session"]):
         try:
             self._prepare()
             self._start()
+            self.up = True
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.up = False
         self._handles.clear()
         ray.shutdown()
         while self._undo:

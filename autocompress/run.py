@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 from autocompress import auto, live, onnxfile, pareto, ray_tune, reader, report, spacefile, summary
 from autocompress.artifact import versions
 from autocompress.controller import Controller, Header, header, run_serial
+from autocompress.devices import AllAway, Unreachable, host_of
 from autocompress.devices.cores import CorePlan, keep_to, plan_cores
 from autocompress.devices.gate import Gate
 from autocompress.devices.station import Station
@@ -27,6 +28,7 @@ from autocompress.export import EXPORTERS, Exporter
 from autocompress.finals import FINALISTS, Finals
 from autocompress.journal import Event, Journal, began
 from autocompress.journal import read as read_journal
+from autocompress.later import Later
 from autocompress.models import Builder
 from autocompress.parent import (
     WEIGHTS,
@@ -51,6 +53,7 @@ from autocompress.types import (
     Job,
     Limit,
     Outcome,
+    Profile,
     QualityLimit,
     Space,
     State,
@@ -87,7 +90,8 @@ class MakeEvaluator:
         parent = load_weights(self.parts.builder.build({}), files.get(self.parent))
         gate: WorkGate = Gate() if self.quiet else OpenGate()
         work = make_work(self.parts, parent, gate, bf16=self.bf16, exporter=self.exporter)
-        return Evaluator(work, self.parts.budgets, files, measure)
+        patience = self.parts.job.search.patience * 60
+        return Evaluator(work, self.parts.budgets, files, measure, patience=patience)
 
 
 def make_work(
@@ -328,18 +332,24 @@ class _Run:
             path = self.out / "baseline" / "model.onnx"
             if told := frozen(work, onnxfile.load(path)):
                 self.live.note(told)
-            station = functools.partial(Station, self.parts.profiles, plan, path, baseline_key=key)
-            mine = station()
-            try:
+            station = functools.partial(Station, plan=plan, baseline=path, baseline_key=key)
+            with ExitStack() as held:
+                session = self.session(store, plan)
+                if any(profile.device == "ray" for profile in self.parts.profiles):
+                    self.live.stage("starting Ray")
+                    held.enter_context(session)  # the baseline and the finalists are measured through it too
+                mine = station(self.parts.profiles)
+                held.callback(mine.close)
                 with self.stage("baseline"):
-                    baseline, journal = self.begin(journal, work, mine, key)
+                    try:
+                        baseline, journal = self.begin(journal, work, mine, key)
+                    except Unreachable as gone:
+                        raise UserError(f"{gone}; a search begins with a reading on every device") from gone
                 controller = self.controller(journal, baseline, begun)
                 with self.stage("search"):
                     make = MakeEvaluator(self.parts, sha, plan.quiet, baseline.facts.bf16, exporter)
-                    self.execute(controller, store, make, mine, station, plan)
+                    self.execute(controller, store, make, mine, station, session)
                 return self.finish(controller, baseline, work, mine, store)
-            finally:
-                mine.close()
         finally:
             if journal is not None:
                 journal.close()
@@ -433,45 +443,98 @@ class _Run:
             self.live.note(note)
         return controller
 
-    def execute(
-        self,
-        controller: Controller,
-        store: Store,
-        make: MakeEvaluator,
-        mine: Station,
-        station: Callable[[], Station],
-        plan: CorePlan,
-    ) -> None:
-        """Run the trials, on Ray or one after another in this process."""
-        self.live.note(plan.why) if plan.quiet else None
-        self.live.stage("")
-        if controller.finished:
-            return
-        if self.serial:
-            run_serial(controller, make(store, mine.measure), self.hear(controller), keep=store.put)
-            return
-        self.live.stage("starting Ray")
-        session = ray_tune.Session(
+    def session(self, store: Store, plan: CorePlan) -> ray_tune.Session:
+        """Ray for this run, not up yet. Raises UserError where a device is a node of a cluster and none is named."""
+        through = [profile.name for profile in self.parts.profiles if profile.device == "ray"]
+        if through and self.address is None:
+            raise UserError(f"{', '.join(through)}: reached through Ray; name the cluster by --address HOST:PORT")
+        return ray_tune.Session(
             workers=self.parts.job.search.workers,
             address=self.address,
             env={"OMP_NUM_THREADS": "1"},
             store_root=store.root,
             trainer_cores=plan.trainers,
         )
-        with session:
-            far = session.station(station)
+
+    def execute(
+        self,
+        controller: Controller,
+        store: Store,
+        make: MakeEvaluator,
+        mine: Station,
+        station: Callable[[Sequence[Profile]], Station],
+        session: ray_tune.Session,
+    ) -> None:
+        """Run the trials, on Ray or one after another in this process."""
+        self.live.note(mine.plan.why) if mine.plan.quiet else None
+        self.live.stage("")
+        if self.serial or controller.finished:
+            later = Later(controller, mine, store, self.parts.budgets, self.live.note)
+            hear = self.hear(controller, later)
+            self.rounds(
+                controller,
+                later,
+                hear,
+                lambda: run_serial(controller, make(store, mine.measure), hear, keep=store.put),
+            )
+            return
+        mine.close()  # its timing processes are started again when finalists are measured
+        with ExitStack() as held:
+            if not session.up:
+                self.live.stage("starting Ray")
+                held.enter_context(session)
+            far = self.far(session, station)
             self.live.stage("")
-            session.run(controller, functools.partial(make, session.files, far.measure), self.hear(controller))
+            later = Later(controller, far, store, self.parts.budgets, self.live.note)
+            hear = self.hear(controller, later)
+            evaluator = functools.partial(make, session.files, far.measure)
+            self.rounds(controller, later, hear, lambda: session.run(controller, evaluator, hear))
             if controller.stopped:
                 self.live.stage("stopping: what is in flight runs again on resume; writing what was found")
 
-    def hear(self, controller: Controller) -> Callable[[Event], None]:
+    def far(
+        self, session: ray_tune.Session, station: Callable[[Sequence[Profile]], Station]
+    ) -> ray_tune.RemoteStations:
+        """A station of its own for each host."""
+        found: dict[str, ray_tune.RemoteStation] = {}
+        for index, host in enumerate(dict.fromkeys(host_of(profile) for profile in self.parts.profiles)):
+            those = tuple(profile for profile in self.parts.profiles if host_of(profile) == host)
+            made = session.station(functools.partial(station, those), f"station-{index}")
+            found |= dict.fromkeys((profile.name for profile in those), made)
+        return ray_tune.RemoteStations(found)
+
+    def rounds(
+        self, controller: Controller, later: Later, hear: Callable[[Event], None], run: Callable[[], None]
+    ) -> None:
+        """Trials, then what devices missed meanwhile, which may promote a trial that was stopped."""
+        try:
+            with later:
+                while True:
+                    if not controller.finished:
+                        run()
+                    if controller.stopped:
+                        return
+                    controller.on_event = hear
+                    later.finish(self.parts.job.search.patience * 60, self.live.stage)
+                    self.live.stage("")
+                    if controller.finished:
+                        return
+        except AllAway as gone:
+            controller.stop()
+            self.live.note(str(gone))
+        except KeyboardInterrupt:
+            controller.stop()
+        finally:
+            controller.on_event = None
+
+    def hear(self, controller: Controller, later: Later) -> Callable[[Event], None]:
         """Journal events, folded into trials for the live view."""
         known = {trial.number: trial for trial in controller.trials}
 
         def on_event(event: Event) -> None:
             trial = fold(known, event)
             if trial is not None:
+                later.hear(trial)
                 self.live.event(trial)
 
         return on_event
@@ -481,7 +544,8 @@ class _Run:
     ) -> tuple[Summary, Path]:
         """Certify, test, write. A second Ctrl-C leaves out what is not certified yet."""
         trials = controller.trials
-        finals = Finals(self.parts, work, baseline, station, store, self.out, work.exporter)
+        patience = 0.0 if controller.stopped else self.parts.job.search.patience * 60
+        finals = Finals(self.parts, work, baseline, station, store, self.out, work.exporter, patience, self.live.stage)
         findings: list[Finding] = []
         arms: list[Arm] = []
         broken: list[Exception] = []  # raised again when all that was found is written

@@ -28,12 +28,29 @@ class Ladder:
     def __init__(self, fidelity: Fidelity, goals: Sequence[Goal], limit: Limit) -> None:
         self.fidelity, self.goals, self.limit = fidelity, tuple(goals), limit
         self._rungs = [_Rung(max(1, len(self.goals))) for _ in fidelity.rungs[:-1]]
+        self._reached: list[dict[int, Outcome]] = [{} for _ in self._rungs]
 
     def reach(self, number: int, rung: int, outcome: Outcome) -> None:
         """Trial `number` has reached `rung` (0 first) with `outcome`. A last rung needs no decision and is ignored."""
         if rung < len(self._rungs):
-            scores = [pareto.score(outcome, goal, self.limit) for goal in self.goals]
-            self._rungs[rung].add(number, scores or [None])
+            self._rungs[rung].add(number, self._scores(outcome))
+            self._reached[rung][number] = outcome
+
+    def complete(self, number: int, outcome: Outcome) -> None:
+        """Readings that were missing when the trial reached its rungs are known now: it stands where they put it."""
+        for at, reached in enumerate(self._reached):
+            before = reached.get(number)
+            if before is None:
+                continue
+            reached[number] = before.model_copy(update={"readings": {**outcome.readings, **before.readings}})
+            old = self._rungs[at]
+            new = self._rungs[at] = _Rung(max(1, len(self.goals)))
+            for other, known in reached.items():
+                new.add(other, self._scores(known))
+                new.set_waiting(other, bool(old.waiting[old.index[other]]))
+
+    def _scores(self, outcome: Outcome) -> list[pareto.Score | None]:
+        return [pareto.score(outcome, goal, self.limit) for goal in self.goals] or [None]
 
     def goes_on(self, number: int, rung: int) -> bool:
         """Whether a trial that has reached `rung` stands in the best share there now."""

@@ -432,6 +432,7 @@ class SearchPlan(Record):
     fidelity: Fidelity = Fidelity()
     cost: Cost = Cost()
     workers: int | None = Field(default=None, ge=1)
+    patience: float = Field(default=30.0, ge=0, allow_inf_nan=False)  # minutes to wait for devices that are away
     probe: float = Field(default=60.0, ge=0, allow_inf_nan=False)  # seconds at most, for `space: auto` alone; 0: none
 
 

@@ -416,8 +416,8 @@ class Server:
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Of one request, when it is our turn."""
-        if request.get("cores", []) != self.cores:
-            self.cores = request["cores"]
+        if (cores := request.get("cores", self.cores)) != self.cores:
+            self.cores = cores
             keep_to(self.cores or self.inherited)
         try:
             if "memory" in request:

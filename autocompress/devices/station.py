@@ -1,20 +1,23 @@
-"""The exclusive process that measures: lock, quiet phase, repetition, cache."""
+"""What measures, one file at a time on each host: lock, quiet phase, repetition, cache, devices that are away."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import json
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from autocompress import load, onnxfile
-from autocompress.devices import Device, host_of
+from autocompress.devices import Device, TellsMemory, Unreachable, host_of
 from autocompress.devices.cores import CorePlan, plan_cores
-from autocompress.devices.fingerprint import resolve_local, short
+from autocompress.devices.fingerprint import check_same, identity, resolve_local, short
 from autocompress.devices.gate import Gate, HostLock
 from autocompress.devices.local import Unloadable
 from autocompress.devices.statistics import MIN_BLOCKS, NARROW, Window, width
@@ -24,11 +27,27 @@ from autocompress.types import Profile, Reading, TrialFailure, UserError
 
 LONGEST_S = 120.0  # a model so slow that MIN_BLOCKS take longer is reported as noisy
 PATIENCE_S = 600.0  # for trainers to pause, or for other measurements to end
+PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # between tries at a device that is away; each is twice the one before
+CACHE = "set AUTOCOMPRESS_CACHE to a folder that can be written"
 FORMAT = 2  # part of every cache key: raise it when a reading comes to mean something else
 
 
+@dataclass(frozen=True)
+class Away:
+    """A device that did not answer; it is not asked before `until`."""
+
+    why: str
+    pause: float
+    until: float  # by time.monotonic
+
+
 class Station:
-    """Measures files against the baseline, one at a time on the whole host, and nothing twice.
+    """Measures files against the baseline, one at a time on each host, and nothing twice. Threads may share it.
+
+    A device that does not answer is away: what is not in the cache is refused at once until it is time to try again,
+    after pauses that grow from `pause` seconds. Of locks and quiet phases only this host's are taken here; those of
+    another host are taken there. Readings of the profiles `weighed` say what memory a file takes, which costs a process
+    each; those of a `session` always do.
 
     `baseline_key` stands for the baseline in cache keys (a weight-free graph hash lets searches from different
     weights share readings); without it the file's sha256 does. Raises UserError for a missing baseline or a host that
@@ -45,23 +64,45 @@ class Station:
         baseline_key: str | None = None,
         gate: Gate | None = None,
         device: Callable[[Profile], Device] | None = None,
+        pause: float = PAUSE_S,
+        weighed: Collection[str] = (),
     ) -> None:
         if not baseline.is_file():
             raise UserError(f"no baseline model at {baseline}")
         self.plan, self.baseline = plan, baseline.resolve()
         self._profiles = {profile.name: resolve_local(profile) for profile in profiles}
         self._make = device or _plug_in
-        self._devices = {name: self._make(profile) for name, profile in self._profiles.items()}
-        self._cache = make_folder(cache or cache_dir(), "set AUTOCOMPRESS_CACHE to a folder that can be written")
+        self._devices: dict[str, Device] = {}
+        self._hosts: dict[str, dict[str, Any]] = {}  # fingerprints
+        self._away: dict[str, Away] = {}
+        self._pause = pause
+        self._weighed = frozenset(weighed)
+        self._turns = {host_of(profile): threading.RLock() for profile in self._profiles.values()}
+        self._cache = make_folder(cache or cache_dir(), CACHE)
         self._baseline_key = baseline_key or _sha(onnxfile.load(self.baseline))
         self._gate = (gate or Gate()) if plan.quiet else None
         self._lock = HostLock()
-        self._hosts = {name: one.fingerprint() for name, one in self._devices.items()}
+        self._ready = False
+        for name in self._profiles:
+            with suppress(Unreachable):
+                self.fingerprint(name)
+        self._ready = True
 
     def fingerprint(self, profile_name: str) -> dict[str, Any]:
-        """What identifies the device of a profile; `fingerprint.short` of it stands in the readings."""
-        self._device(profile_name)
+        """What identifies the device of a profile; `fingerprint.short` of it stands in the readings.
+
+        Raises Unreachable for a device that has not answered yet.
+        """
+        if profile_name not in self._profiles:
+            raise UserError(f"the station has no profile {profile_name!r}, only {', '.join(self._profiles)}")
+        if profile_name not in self._hosts:
+            with self._turn(profile_name), self._reached(profile_name):
+                pass
         return self._hosts[profile_name]
+
+    def away(self) -> dict[str, str]:
+        """Profiles whose device does not answer, and why."""
+        return {name: one.why for name, one in list(self._away.items())}
 
     def measure(
         self,
@@ -77,16 +118,18 @@ class Station:
         `key` says what decides the latency of the model (a weight-free graph hash); without it the file's sha256
         does. `seconds` bounds the timing, not the loading; a very slow model takes longer, since fewer than eight
         blocks give no interval. A noisy reading is taken `again` with twice the time, then returned with `noisy`
-        set and not kept. Raises TrialFailure if the model cannot be loaded or run.
+        set and not kept. Raises TrialFailure if the model cannot be loaded or run, Unreachable while it is away.
         """
         place = self._place(profile_name, key or _sha(model if isinstance(model, bytes) else onnxfile.load(model)))
         if (known := self._recall(place, profile_name)) is not None:
             return known
-        with self._alone(profile_name), self._file(model) as path:
+        with self._turn(profile_name), self._alone(profile_name), self._file(model) as path:
             if (known := self._recall(place, profile_name)) is not None:
                 return known  # somebody measured it while we waited
             try:
-                window, reading = self._take(self._device(profile_name), profile_name, path, seconds, again)
+                with self._reached(profile_name) as device:
+                    weigh = profile_name in self._weighed
+                    window, reading = self._take(device, profile_name, path, seconds, again=again, weigh=weigh)
             except Unloadable as refusal:
                 self._keep(place, {"failure": str(refusal)})
                 raise
@@ -100,12 +143,14 @@ class Station:
 
     def session(self, profile_name: str, model: bytes | Path, seconds: float = 1.5) -> Reading:
         """A reading by a fresh process, never from the cache: processes differ by more than noise within one."""
-        device = self._make(self._profiles[profile_name])
-        try:
-            with self._alone(profile_name), self._file(model) as path:
-                return self._take(device, profile_name, path, seconds)[1]
-        finally:
-            _close(device)
+        self.fingerprint(profile_name)
+        with (
+            self._turn(profile_name),
+            self._alone(profile_name),
+            self._file(model) as path,
+            self._reached(profile_name, fresh=True) as device,
+        ):
+            return self._take(device, profile_name, path, seconds, weigh=True)[1]
 
     def certify(
         self, profile_name: str, model: bytes | Path, sessions: int = 5, seconds: float = 1.5
@@ -117,12 +162,7 @@ class Station:
         """End the timing processes."""
         for device in self._devices.values():
             _close(device)
-
-    def _device(self, profile_name: str) -> Device:
-        try:
-            return self._devices[profile_name]
-        except KeyError:
-            raise UserError(f"the station has no profile {profile_name!r}, only {', '.join(self._devices)}") from None
+        self._devices.clear()
 
     def _cores(self, profile_name: str) -> tuple[int, ...]:
         """Always the last cores of the station, so that a profile's readings do not depend on its neighbours.
@@ -139,12 +179,62 @@ class Station:
         if host_of(self._profiles[profile_name]):
             yield
             return
+        with ExitStack() as held:
+            try:
+                held.enter_context(self._lock.held(f"profile {profile_name}", PATIENCE_S))
+                if self._gate:
+                    held.enter_context(self._gate.quiet(PATIENCE_S))
+            except TimeoutError as error:
+                raise TrialFailure(f"could not measure on {profile_name}: {error}") from error
+            yield
+
+    def _turn(self, profile_name: str) -> threading.RLock:
+        """One thread at a time on each host."""
+        return self._turns[host_of(self._profiles[profile_name])]
+
+    @contextmanager
+    def _reached(self, profile_name: str, *, fresh: bool = False) -> Iterator[Device]:
+        """The device of a profile, or another object for it (`fresh`). Raises Unreachable while it is away.
+
+        What comes back must be what left: readings of before and after are compared.
+        """
+        away = self._away.get(profile_name)
+        if away is not None and time.monotonic() < away.until:
+            raise Unreachable(away.why)
+        own: Device | None = None
         try:
-            quiet = self._gate.quiet(PATIENCE_S) if self._gate else nullcontext()
-            with self._lock.held(f"profile {profile_name}", PATIENCE_S), quiet:
-                yield
-        except TimeoutError as error:
-            raise TrialFailure(f"could not measure on {profile_name}: {error}") from error
+            if fresh:
+                device = own = self._make(self._profiles[profile_name])
+            elif (device := self._devices.get(profile_name)) is None:
+                device = self._devices[profile_name] = self._make(self._profiles[profile_name])
+            if away is not None or profile_name not in self._hosts:
+                self._same(profile_name, device.fingerprint())
+            yield device
+        except Unreachable as gone:
+            pause = self._pause if away is None else min(2 * away.pause, LONGEST_PAUSE_S)
+            self._away[profile_name] = Away(str(gone), pause, time.monotonic() + pause)
+            _close(self._devices.pop(profile_name, None))
+            raise
+        except TrialFailure:  # a verdict on the file is an answer too
+            self._away.pop(profile_name, None)
+            raise
+        else:
+            self._away.pop(profile_name, None)
+        finally:
+            _close(own)
+
+    def _same(self, profile_name: str, found: dict[str, Any]) -> None:
+        profile = self._profiles[profile_name]
+        try:
+            check_same(profile, found, as_is=profile.as_is)
+        except UserError as other:
+            if self._ready:  # one that answers late ends no search
+                raise Unreachable(str(other)) from other
+            raise
+        known = self._hosts.setdefault(profile_name, found)
+        if short(known) != short(found):
+            changed = [name for name in {**known, **found} if known.get(name) != found.get(name)]
+            raise Unreachable(f"{profile_name} answers, but is not what it was before: {', '.join(changed)} changed")
 
     @contextmanager
     def _file(self, model: bytes | Path) -> Iterator[Path]:
@@ -156,21 +246,29 @@ class Station:
             # Times are told apart by path, so a model that is its own baseline needs a second spelling of it.
             yield path if path != self.baseline else path.parent / ".." / path.parent.name / path.name
             return
-        path = self._cache / "measuring" / f"{_sha(model)}.onnx"
-        onnxfile.save(path, model)
-        try:
+        # A folder for each: on another host the same file may be under way at the same time.
+        with TemporaryDirectory(dir=make_folder(self._cache / "measuring", CACHE)) as folder:
+            path = Path(folder) / f"{_sha(model)}.onnx"
+            onnxfile.save(path, model)
             yield path
-        finally:
-            onnxfile.remove(path)
 
     def _take(
-        self, device: Device, profile_name: str, model: Path, seconds: float, again: bool = True
+        self,
+        device: Device,
+        profile_name: str,
+        model: Path,
+        seconds: float,
+        *,
+        again: bool = True,
+        weigh: bool = False,
     ) -> tuple[Window, Reading]:
-        """Time it, and once more with twice the seconds if that was noisy."""
+        """Time it, and once more with twice the seconds if that was noisy; then `weigh` what memory it takes."""
         cores, began = self._cores(profile_name), time.perf_counter()
         window = self._window(device, model, seconds, cores)
         if window.noisy and again:
             window = self._window(device, model, 2 * seconds, cores)
+        if weigh and isinstance(device, TellsMemory):
+            window.memory_mb = device.memory([model]).get(str(model))
         reading = window.reading(
             profile_name,
             seconds=time.perf_counter() - began - window.waited_s,
@@ -179,7 +277,12 @@ class Station:
             host=short(self.fingerprint(profile_name)),
             batch=self._profiles[profile_name].batch,
         )
-        return window, reading
+        return window, reading.model_copy(update={"as_is": self._another(profile_name)})
+
+    def _another(self, profile_name: str) -> bool:
+        """Whether the device is not the one that the profile was made for, and measured on as it is."""
+        made_for = self._profiles[profile_name].fingerprint
+        return bool(made_for) and identity(self.fingerprint(profile_name)) != made_for
 
     def _window(self, device: Device, model: Path, seconds: float, cores: tuple[int, ...]) -> Window:
         """Repeat until the ratio's interval is narrow or the seconds are over."""
@@ -208,6 +311,7 @@ class Station:
             "host": short(host),
             "cores": self._cores(profile_name),
             "quiet": self.plan.quiet,
+            **({"weighed": True} if profile_name in self._weighed else {}),
         }
         name = _sha(json.dumps(parts, sort_keys=True).encode())
         return self._cache / "readings" / name[:2] / f"{name}.json.gz", parts
@@ -222,7 +326,9 @@ class Station:
             return None  # not there, or damaged: measured again and overwritten
         if failure:
             raise Unloadable(failure)
-        return reading.model_copy(update={"profile": profile_name}) if reading else None
+        if reading is None:
+            return None
+        return reading.model_copy(update={"profile": profile_name, "as_is": self._another(profile_name)})
 
     def _keep(self, place: tuple[Path, dict[str, Any]], found: dict[str, Any]) -> None:
         path, parts = place
@@ -260,7 +366,7 @@ def _sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _close(device: Device) -> None:
+def _close(device: Device | None) -> None:
     """Plug-ins that hold nothing need no `close`."""
     close = getattr(device, "close", None)
     if close is not None:
