@@ -315,7 +315,7 @@ def test_training_with_each_kind_brings_the_student_nearer(kind):
         lesson.close()
         return found
 
-    training = Training(narrow(), Few(), 4, 0, teacher=teacher, weight=0.9, kind=kind)
+    training = Training(narrow(), Few(), 8, 0, teacher=teacher, weight=0.9, kind=kind)
     before = distance(training)
     training.run_to(1.0)
     assert distance(training) < 0.7 * before
