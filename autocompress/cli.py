@@ -167,23 +167,56 @@ def report(out: OutFolder) -> None:
     typer.echo(write(out))
 
 
-@app.command(epilog="Example: autocompress measure runs/digits/best/local-1t/model.onnx --profile local-1t --json")
+@app.command(epilog="Example: autocompress measure runs/digits --profile pi --speedup 3")
 def measure(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="File to time.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL.onnx|OUT", help="File to time; or folder of a search, whose front to time.")
+    ],
     profile: Annotated[str, typer.Option(help="Target: a name from `autocompress profiles`, or a YAML file.")],
     baseline: Annotated[
         Path | None, typer.Option(metavar="FILE.onnx", help="File to compare with (else the model itself).")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure.")] = 3.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure a file.")] = 3.0,
+    speedup: Annotated[
+        float | None, typer.Option(help="OUT: what the target asks, against the uncompressed file.")
+    ] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="OUT: median milliseconds at most.")] = None,
+    p95_ms: Annotated[float | None, typer.Option(help="OUT: 95th percentile at most.")] = None,
+    throughput: Annotated[float | None, typer.Option(help="OUT: samples per second at least.")] = None,
+    size_mb: Annotated[float | None, typer.Option(help="OUT: megabytes of the file at most.")] = None,
+    memory_mb: Annotated[float | None, typer.Option(help="OUT: megabytes of memory at most.")] = None,
     as_is: AsIs = False,
     json: Annotated[bool, typer.Option("--json", help="The whole reading as JSON.")] = False,
 ) -> None:
-    """Time an ONNX file on a target, interleaved with a baseline."""
+    """Time an ONNX file on a target, interleaved with a baseline; or a search's front, ranked by the target's budget.
+
+    OUT: files are those of the search, or made from its receipts where the target computes integers in another way.
+    The table goes to OUT/devices/PROFILE, the best, certified, to OUT/best/PROFILE. Nothing is searched.
+    """
     from autocompress.devices.station import measure_file
     from autocompress.load import profile as load_profile
 
     target = load_profile(profile)
     target = target.model_copy(update={"as_is": True}) if as_is else target
+    asked = {
+        "speedup": speedup,
+        "latency_ms": latency_ms,
+        "p95_ms": p95_ms,
+        "throughput": throughput,
+        "size_mb": size_mb,
+        "memory_mb": memory_mb,
+    }
+    bounds = {name: value for name, value in asked.items() if value is not None}
+    if model.is_dir():
+        if baseline is not None:
+            raise UserError("--baseline is for a file: a search's folder has its own")
+        from autocompress.remeasure import remeasure
+
+        found = remeasure(model, target, budget=bounds, say=(lambda _: None) if json else typer.echo)
+        typer.echo(found.model_dump_json(indent=2) if json else str(found))
+        return
+    if bounds:
+        raise UserError(f"--{next(iter(bounds)).replace('_', '-')} is for a search's folder: {model} is measured alone")
     reading = measure_file(model, target, baseline=baseline, seconds=seconds)
     if json:
         typer.echo(reading.model_dump_json(indent=2))

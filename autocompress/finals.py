@@ -138,6 +138,8 @@ class Finals:
     exporter: str
     patience: float = 0.0  # seconds to wait, in all, for devices that are away
     say: Callable[[str], None] = lambda _: None
+    place: Path | None = None  # of the artifacts, if it is not `out`
+    sessions_each: int = certify.SESSIONS
     test: dict[str, Quality] = field(default_factory=dict)  # by sha256 of the file: each meets the test split once
     made: dict[int, tuple[Stage, ...]] = field(default_factory=dict)  # by trial number
     optimized: dict[tuple[str, str], tuple[bytes, dict[str, int]]] = field(default_factory=dict)
@@ -199,7 +201,13 @@ class Finals:
                 )
             quality[name], checked[name] = self.answered[key]
         return certify.certify(
-            measure, goal, quality=quality, size_mb=trial.outcome.size_mb, limit=self.baseline.limit, checked=checked
+            measure,
+            goal,
+            quality=quality,
+            size_mb=trial.outcome.size_mb,
+            limit=self.baseline.limit,
+            sessions=self.sessions_each,
+            checked=checked,
         )
 
     def test_quality(self, sha: str, model: bytes) -> Quality:
@@ -227,9 +235,9 @@ class Finals:
             name: self.test_quality(files.shas[self.variant(name)], files.models[self.variant(name)]) for name in names
         }
         path = Path("best" if proof.certified else "closest") / folder
-        self.write(self.out / path, goal, trial, proof, files, test)
+        self.write((self.place or self.out) / path, goal, trial, proof, files, test)
         if proof.certified:  # the closest of an earlier end of this run is answered
-            shutil.rmtree(self.out / "closest" / folder, ignore_errors=True)
+            shutil.rmtree((self.place or self.out) / "closest" / folder, ignore_errors=True)
         return Finding(
             goal=goal.name,
             number=trial.number,
