@@ -332,7 +332,8 @@ class _Run:
             path = self.out / "baseline" / "model.onnx"
             if told := frozen(work, onnxfile.load(path)):
                 self.live.note(told)
-            station = functools.partial(Station, plan=plan, baseline=path, baseline_key=key)
+            weighed = tuple(one.profile for one in self.parts.budgets if one.memory_mb is not None)
+            station = functools.partial(Station, plan=plan, baseline=path, baseline_key=key, weighed=weighed)
             with ExitStack() as held:
                 session = self.session(store, plan)
                 if any(profile.device == "ray" for profile in self.parts.profiles):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ import onnx
 import psutil
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
 
 from autocompress import onnxfile
 from autocompress.devices import Device, TellsMemory, Unreachable, ssh, transport
@@ -26,8 +28,10 @@ from autocompress.devices.cores import plan_cores
 from autocompress.devices.fingerprint import host
 from autocompress.devices.local import LocalDevice, Unloadable
 from autocompress.devices.ssh import CONFIG, SshDevice
-from autocompress.types import Profile, Reach, TrialFailure, UserError
+from autocompress.run import run
+from autocompress.types import Budget, Cost, Profile, Reach, Reading, TrialFailure, UserError
 from tests import sshd as servers
+from tests.small_search import builder, job, space
 
 PI = Profile(name="pi", device="ssh", reach=Reach(ssh="pi", python="./python"))
 
@@ -239,6 +243,57 @@ def test_a_login_shell_may_be_talkative(there: servers.Sshd, files: dict[str, Pa
     device = SshDevice(PI)
     assert works(device, files["small"])
     device.close()
+
+
+PROFILE = """
+name: pi
+device: ssh
+reach: {ssh: pi, python: ./python}
+"""
+
+
+def test_measure_by_the_command_line(there: servers.Sshd, files: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "pi.yaml").write_text(PROFILE)
+    command = [
+        sys.executable,
+        "-m",
+        "autocompress.cli",
+        "measure",
+        str(files["small"]),
+        "--profile",
+        "pi.yaml",
+        "--json",
+    ]
+    command += ["--seconds", "0.5", "--baseline", str(files["large"])]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    reading = Reading.model_validate_json(done.stdout)
+    assert (reading.profile, reading.cores) == ("pi", ())
+    assert reading.speedup > 1.3
+    assert reading.memory_mb is not None
+    there.stop()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "pi cannot be reached: " in done.stderr
+    assert "Connection refused" in done.stderr
+
+
+def test_a_search_on_this_machine_and_over_ssh(there: servers.Sshd, tmp_path: Path) -> None:
+    (tmp_path / "pi.yaml").write_text(PROFILE)
+    asked = job(tmp_path / "run", cost=Cost(trials=2, minutes=5))
+    remote = Budget(profile=str(tmp_path / "pi.yaml"), speedup=0.2, memory_mb=2000)
+    asked = asked.model_copy(update={"devices": (*asked.devices, remote)})
+    found = run(asked, builder=builder(), space=space(tmp_path), serial=True, console=Console(quiet=True))
+    assert found.state == "finished"
+    assert found.counts["done"] >= 1
+    events = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+    done = [event["outcome"]["readings"] for event in events if event["state"] == "done"]
+    assert all(set(readings) == {"local-1t", "pi"} for readings in done)
+    assert all(readings["pi"]["memory_mb"] > 0 for readings in done)
+    for name in ("local-1t", "pi"):
+        certificate = json.loads((tmp_path / "run" / "best" / name / "manifest.json").read_text())["certificate"]
+        assert name in certificate["readings"]
 
 
 def test_one_measurement_at_a_time_on_the_target(

@@ -269,7 +269,9 @@ class RemoteDevice:
         if found := self._link.explain(process.returncode, words):
             raise found
         last = words.splitlines()[-1][:300] if words else f"exit code {process.returncode}"
-        if process.returncode in (126, 127):
+        if "too old" in last or "Unknown option: -I" in words:
+            last = "too old"
+        if process.returncode in (126, 127) or last == "too old":
             raise UserError(
                 f"{self._link.name}: {self.profile.reach.python} cannot be run there ({last}); install Python 3.9 or "
                 "later, or name it in the profile's reach.python"
