@@ -443,7 +443,7 @@ def test_killed_between_rungs_it_ends_as_if_nothing_had_been_and_its_policy_goes
     script.write_text(SCRIPT)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.Popen([sys.executable, str(script), str(out), "run"], env=env)
-    path, deadline = out / "journal.jsonl", time.monotonic() + 120
+    path, deadline = out / "journal.jsonl", time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if path.exists() and any(event["state"] == "rung" for event in journal.read(path).events):
             break
