@@ -20,6 +20,7 @@ from autocompress.journal import FORMAT, HEADER, Event, Journal
 from autocompress.rungs import Ladder
 from autocompress.searchers import Searcher
 from autocompress.space import canonical, check, decode, parent
+from autocompress.surrogate import screens
 from autocompress.types import (
     Assignment,
     Cost,
@@ -30,6 +31,7 @@ from autocompress.types import (
     Outcome,
     Reading,
     Record,
+    Screen,
     SearchPlan,
     Space,
     State,
@@ -350,7 +352,14 @@ class Controller:
             start=trial.rung + 1,
             checkpoint=trial.outcome.files.get("checkpoint"),
             seed=trial_seed(self.plan.seed, trial.number),
+            screen=self._screen() if self.plan.screen and trial.rung < 0 else {},
         )
+
+    def _screen(self) -> dict[str, Screen]:
+        """What a candidate must be predicted to be slower than to be left unmeasured, by the trials told so far."""
+        ended = [trial for trial in self._trials.values() if trial.state.ended]
+        budgets = {budget.profile: budget for goal in self.goals for budget in goal.budgets}
+        return screens(ended, tuple(budgets.values()), self.facts.baseline)
 
     def _close(self, trial: Trial) -> None:
         self._write(self._end(trial))

@@ -25,12 +25,14 @@ from torch import nn
 from autocompress import export as exporting
 from autocompress import memory
 from autocompress.devices import AllAway, Unreachable, host_of
+from autocompress.devices.amounts import amounts
 from autocompress.distill import Distillation
 from autocompress.models import Builder
 from autocompress.models.trace import examples, thop_count
 from autocompress.models.weights import fill
 from autocompress.ops import Op, Phase, TrainOp
 from autocompress.pareto import meets, over_every_budget
+from autocompress.surrogate import hopeless
 from autocompress.tasks import Predict, Task, several
 from autocompress.tasks.recipe import recipe
 from autocompress.train import Training, reestimate_batchnorm
@@ -577,6 +579,10 @@ class _Path:
             with self.stage("export"):
                 plain = shaped.settle(self.work)
                 releases = release(self.work, plain.module, policy, first_look=True)
+            self.sizes(releases)
+            if hopeless(assignment.screen, self.facts["amounts"]):
+                yield State.INFEASIBLE, self.outcome(reason=self.predicted_slow())
+                return
             self.time(releases)
             likely = {name: at_best(reading) if reading.noisy else reading for name, reading in self.readings.items()}
             if over_every_budget(likely, self.evaluator.budgets):
@@ -636,8 +642,20 @@ class _Path:
             "notes": notes_of((*shaped.receipts, *shaped.instruments)),
         }
 
+    def predicted_slow(self) -> str:
+        """For the reason alone: a prediction is no reading."""
+        screen, found = self.assignment.screen, self.facts["amounts"]
+        said = ", ".join(
+            f"{name} {one.model.ratio(found[name]):.2f} times the baseline (the budget: {one.most:.2f})"
+            for name, one in screen.items()
+        )
+        return f"predicted to be far over every budget, so not measured: {said}"
+
     def sizes(self, releases: Mapping[str, Release]) -> None:
+        """What the files weigh, and what work they are: latency is predicted from it."""
         self.facts["size_mb"] = {p.name: releases[p.numeric.variant].size_mb for p in self.work.profiles}
+        of = {variant: amounts(release_.model) for variant, release_ in releases.items()}
+        self.facts["amounts"] = {p.name: of[p.numeric.variant] for p in self.work.profiles}
 
     def time(self, releases: Mapping[str, Release], *, final: bool = False) -> None:
         """Measure what has no firm reading for its graph yet, on different hosts at the same time.
@@ -645,7 +663,6 @@ class _Path:
         A noisy one is taken again at the end, and then refused unless the noise leaves no doubt about the budget. A
         device that is away is passed over as long as another has answered.
         """
-        self.sizes(releases)
         wanted = {
             profile.name: (host_of(profile), releases[profile.numeric.variant])
             for profile in self.work.profiles

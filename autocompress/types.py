@@ -262,6 +262,7 @@ class Outcome(Record):
     size_mb: dict[str, float] = {}  # file size per profile, 1 MB = 1e6 bytes
     macs: int = 0
     parameters: int = 0
+    amounts: dict[str, dict[str, float]] = {}  # per profile: work of the file by kind, what latency is predicted from
     seconds: dict[str, float] = {}  # where the time went, by stage
     reason: str = ""  # why it failed or was infeasible, one line
     notes: tuple[str, ...] = ()  # e.g. "lowrank stages.0.0.conv1: skipped, factors cost more than the layer"
@@ -287,6 +288,31 @@ class Trial(Record):
     note: dict[str, Any] = {}
 
 
+class LatencyModel(Record):
+    """Ratio to the baseline by kind of work, and the factor by which the truth lies beside it in 95 of 100 cases."""
+
+    units: dict[str, float]  # per amount of each kind
+    always: float  # what every run takes
+    factor: float
+
+    def ratio(self, amounts: Mapping[str, float]) -> float:
+        """Predicted; work of a kind that no reading had counts nothing."""
+        return self.always + sum(self.units.get(kind, 0.0) * amount for kind, amount in amounts.items())
+
+    def at_least(self, amounts: Mapping[str, float]) -> float | None:
+        """The lower end of the interval; None for a file with work of a kind that no reading had."""
+        if any(amount > 0 and kind not in self.units for kind, amount in amounts.items()):
+            return None
+        return self.ratio(amounts) / self.factor
+
+
+class Screen(Record):
+    """What a file must be predicted to be slower than, to be left unmeasured on one device."""
+
+    model: LatencyModel
+    most: float  # ratio above which the device's budget cannot hold
+
+
 class Assignment(Record):
     """What a worker is asked to do: evaluate a candidate, from a checkpoint where one is named."""
 
@@ -298,6 +324,7 @@ class Assignment(Record):
     start: int = 0  # index of the first rung to train; earlier ones are in the checkpoint
     checkpoint: str | None = None  # sha256 in the store
     seed: int = 0
+    screen: dict[str, Screen] = {}  # by profile; empty: everything is measured
 
 
 # --- facts: what is known before the search -----------------------------------------------------------------------
@@ -433,6 +460,7 @@ class SearchPlan(Record):
     cost: Cost = Cost()
     workers: int | None = Field(default=None, ge=1)
     patience: float = Field(default=30.0, ge=0, allow_inf_nan=False)  # minutes to wait for devices that are away
+    screen: bool = False  # leave unmeasured what is predicted to be far over every budget; by default all is measured
     probe: float = Field(default=60.0, ge=0, allow_inf_nan=False)  # seconds at most, for `space: auto` alone; 0: none
 
 

@@ -30,12 +30,14 @@ from autocompress.types import (
     Budget,
     Candidate,
     Interval,
+    LatencyModel,
     Numeric,
     Policy,
     Profile,
     Reading,
     Receipt,
     Rule,
+    Screen,
     State,
     TrialFailure,
 )
@@ -163,6 +165,21 @@ def test_over_every_budget_ends_before_training(work: Work, tmp_path) -> None:
     assert "train" not in outcome.seconds
     assert not outcome.quality
     assert outcome.reason.startswith("over every budget")
+
+
+def test_what_is_predicted_to_be_far_over_every_budget_is_not_measured(work: Work, tmp_path) -> None:
+    clock, budgets = Clock(), [Budget(profile=profile.name, latency_ms=10) for profile in PROFILES]
+    (_, seen), *_ = Evaluator(work, budgets, Store(tmp_path), clock).evaluate(assignment())
+    kinds = {kind for amounts in seen.amounts.values() for kind in amounts}
+    assert {"integer convolution wide: macs", "float convolution wide: macs"} <= kinds
+    model = LatencyModel(units=dict.fromkeys(kinds, 0.0), always=0.9, factor=1.2)
+    clock.asked = []
+    for most, expected in ((0.5, State.INFEASIBLE), (0.72, State.RUNG)):
+        screen = {profile.name: Screen(model=model, most=most) for profile in PROFILES}
+        state, outcome = next(Evaluator(work, budgets, Store(tmp_path), clock).evaluate(assignment(screen=screen)))
+        assert state is expected
+        assert bool(clock.asked) is bool(outcome.readings) is (state is State.RUNG)
+        assert ("not measured: one 0.90 times the baseline (the budget: 0.50)" in outcome.reason) is (not clock.asked)
 
 
 def test_one_met_budget_is_enough_to_go_on(work: Work, tmp_path) -> None:
