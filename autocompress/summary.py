@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from autocompress import pareto, space
+from autocompress import pareto, space, surrogate
 from autocompress.certify import Certificate
 from autocompress.types import (
     Budget,
@@ -173,6 +173,7 @@ class Summary(Record):
     failures: tuple[Failure, ...] = ()
     problems: tuple[str, ...] = ()  # what could not be made at the end, and why
     seconds: dict[str, float] = {}  # work time by stage, summed over workers
+    latency_model: dict[str, surrogate.Error] = {}  # by device: predictions held against readings not fitted to
     fingerprints: dict[str, dict[str, Any]] = {}
     versions: dict[str, str] = {}
     job: dict[str, Any] = {}
@@ -284,6 +285,9 @@ def build(
         failures=failures(searched),
         problems=tuple(problems),
         seconds={name: round(value, 3) for name, value in sorted(spent.items())},
+        latency_model={
+            name: error for name in budgets if (error := surrogate.error(surrogate.known(searched, name))) is not None
+        },
         fingerprints=facts.fingerprints,
         versions=facts.versions,
         job=job,
