@@ -35,6 +35,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     "device": {
         "local": "autocompress.devices.local:LocalDevice",
         "ssh": "autocompress.devices.ssh:SshDevice",
+        "adb": "autocompress.devices.adb:AdbDevice",
         "ray": "autocompress.ray_tune:RayDevice",
     },
     "task": {
