@@ -27,7 +27,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -38,7 +38,8 @@ from rich.console import Console
 from rich.table import Table
 from subjects import ResNet, Subject, file, genotypes, subject
 
-from autocompress import load
+from autocompress import load, surrogate
+from autocompress.devices.amounts import amounts
 from autocompress.devices.cores import CorePlan, keep_to, plan_cores
 from autocompress.devices.fingerprint import resolve_local
 from autocompress.devices.local import LocalDevice
@@ -62,6 +63,8 @@ APART = 0.05  # true ratios that differ by less are no order to get wrong
 SESSION_S = 1.5
 ONE_MS = (0.7, 1.4)
 EXPOSED_S = 3.0
+POOL = 320  # random policies of a network to take files from
+FITTED = 167  # readings of which nine tenths are 150
 TRIES = 3  # readings of a file before it stays noisy
 BATCH = 32
 
@@ -102,17 +105,18 @@ class Lab:
         self.made: dict[str, Subject] = {}
         self.asked: dict[str, tuple[Genotype, ...]] = {}
 
-    def take(self, name: str, count: int) -> Iterator[tuple[int, bytes, str]]:
-        """At most `count` files of a network (place, file, weight-free hash), each graph once."""
+    def take(self, name: str, count: int, known: Collection[int] | None = None) -> Iterator[tuple[int, bytes, str]]:
+        """At most `count` files of a network (place, file, weight-free hash), each graph once; of `known` places."""
         if name not in self.made:
             self.made[name] = subject(name, self.profile)
             write_atomic(self.baseline(name), self.made[name].baseline)
-        if len(self.asked.get(name, ())) < 2 * count:
-            self.asked[name] = genotypes(self.made[name].space, 2 * max(count, 160), seed=1)
+            self.asked[name] = genotypes(self.made[name].space, POOL, seed=1)
         seen: set[str] = set()
         for place, genotype in enumerate(self.asked[name]):
             if len(seen) == count:
                 return
+            if known is not None and place not in known:
+                continue
             try:
                 model, key = file(self.made[name], genotype, self.folder / "files")
             except TrialFailure:
@@ -265,6 +269,26 @@ def order(log: Log) -> dict[str, float]:
     return {"order_pct": 100 * right / pairs, "order_pairs": float(pairs)} if pairs else {}
 
 
+def modelled(lab: Lab) -> dict[str, float]:
+    """The latency model by ten-fold cross-validation on firm readings, each network with a model of its own."""
+    errors: dict[str, surrogate.Error] = {}
+    for name in MODELLED:
+        read = {place: one for (of, place), one in readings(lab.log, "fit").items() if of == name and not one.noisy}
+        if len(read) < surrogate.FEWEST:
+            continue
+        files = {place: amounts(model) for place, model, _ in lab.take(name, POOL, known=read)}
+        known = [surrogate.Known(files[place], one.ratio.value) for place, one in read.items() if place in files]
+        if (error := surrogate.error(known[:FITTED])) is not None:
+            errors[name] = error
+    if not errors:
+        return {}
+    found = {f"{name}_{key}": value for name, error in errors.items() for key, value in error.model_dump().items()}
+    return found | {
+        "within10_pct": 100 * min(error.within_tenth for error in errors.values()),
+        "rank_corr": min(error.rank for error in errors.values()),
+    }
+
+
 def readings(log: Log, phase: str) -> dict[tuple[str, int], Reading]:
     """Of a phase."""
     return {key: Reading.model_validate(one["reading"]) for key, one in log.of(phase).items()}
@@ -273,6 +297,7 @@ def readings(log: Log, phase: str) -> dict[tuple[str, int], Reading]:
 def figures(lab: Lab) -> dict[str, float]:
     """All that the readings so far tell."""
     found = repeatability(lab.log) | order(lab.log)
+    found |= modelled(lab)
     for one in lab.log.of("exposed").values():
         found |= {name: one[name] for name in ("exposed_ms", "alone_ms")}
     return found
