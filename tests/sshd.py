@@ -124,7 +124,8 @@ class Sshd:
     def freeze(self) -> None:
         """As if the cable were pulled: the connections stay, nothing answers."""
         for one in self.sessions():
-            one.suspend()
+            if one.name().startswith("sshd"):
+                one.suspend()
 
     def stop(self) -> None:
         """End the server and every connection."""
