@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 import autocompress
-from autocompress.types import LimitError, TrialFailure, UserError
+from autocompress.types import LimitError, Profile, TrialFailure, UserError
 
 app = typer.Typer(
     name="autocompress",
@@ -388,7 +388,10 @@ def profiles(
         return
     for one, path in sorted(shelves.files(shelves.PROFILES).items()):
         own = "" if shelves.ours(shelves.PROFILES, path) else f" ({path})"
-        typer.echo(f"{one:<24} {load.profile(path.resolve()).about}{own}")
+        try:
+            typer.echo(f"{one:<24} {load.profile(path.resolve()).about}{own}")
+        except UserError as error:  # one broken file does not hide the others
+            _errors.print(str(error), style="red", markup=False)
 
 
 device_app = typer.Typer(
@@ -479,7 +482,12 @@ def device_list(
     from autocompress.devices import shown
 
     files = sorted(shelves.files(shelves.PROFILES).items())
-    own = [(load.profile(path.resolve()), path) for _, path in files if not shelves.ours(shelves.PROFILES, path)]
+    own: list[tuple[Profile, Path]] = []
+    for path in (path for _, path in files if not shelves.ours(shelves.PROFILES, path)):
+        try:
+            own.append((load.profile(path.resolve()), path))
+        except UserError as error:  # one broken file does not hide the others
+            _errors.print(str(error), style="red", markup=False)
     if json:
         for profile, _ in own:
             typer.echo(profile.model_dump_json())

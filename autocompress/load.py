@@ -128,7 +128,8 @@ def profile(name_or_path: str | Path) -> Profile:
 
 def check_reach(profile: Profile) -> None:
     """Raise UserError for a profile that does not say where its device is, as the templates on the shelf do not."""
-    asked = {"ssh": ("ssh", "--ssh user@host"), "ray": ("resource", "--ray RESOURCE")}.get(profile.device)
+    ways = {"ssh": ("ssh", "--ssh user@host"), "adb": ("adb", "--adb SERIAL"), "ray": ("resource", "--ray RESOURCE")}
+    asked = ways.get(profile.device)
     if asked is not None and not getattr(profile.reach, asked[0]):
         kind = "is a template, not yet measured, and" if profile.template else "has"
         lacks = f"has no `reach: {asked[0]}`" if profile.template else f"no `reach: {asked[0]}`"

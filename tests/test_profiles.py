@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from autocompress import load, registry, shelves
+from autocompress.devices import smallnets
 from autocompress.devices.cores import Cores, all_threads, plan_cores
 from autocompress.devices.fingerprint import check_expects, check_same, host, identity, resolve_local
-from autocompress.devices.station import measure_file
-from autocompress.types import Profile, Reach, UserError
+from autocompress.devices.station import Station, measure_file
+from autocompress.types import Budget, Profile, Reach, UserError
 
 SHELF = Path(__file__).parent.parent / "hardware_profiles"
 NAMES = sorted(path.stem for path in SHELF.glob("*.yaml"))
@@ -49,7 +50,7 @@ def test_the_shelf_has_what_was_promised() -> None:
     assert {"local-1t", "local-2t", "local-all", "local-batch8", "raspberry-pi-4", "raspberry-pi-5"} <= set(NAMES)
     assert {f"x86-{kind}-{form}" for kind in ("vnni", "avx2") for form in ("1t", "all", "batch8")} <= set(NAMES)
     assert {"jetson-orin-cuda", "jetson-orin-tensorrt", "apple-silicon-cpu", "apple-silicon-coreml"} <= set(NAMES)
-    assert {"openvino-cpu", "cuda"} <= set(NAMES)
+    assert {"openvino-cpu", "cuda", "android-cpu", "android-nnapi", "android-qnn"} <= set(NAMES)
     assert load.profile("x86-avx2-1t").numeric.reduce_range
     assert not load.profile("x86-vnni-all").numeric.reduce_range
     assert load.profile("raspberry-pi-5").numeric.activation == "int8"
@@ -86,8 +87,9 @@ def test_a_host_that_fits_is_taken(name: str, facts: dict) -> None:
 def test_templates_are_refused_when_measured_here(tmp_path: Path) -> None:
     model = tmp_path / "model.onnx"
     model.write_bytes(b"any")
-    with pytest.raises(UserError, match=r"'raspberry-pi-5' is a template, not yet measured, .*--ssh user@host --like"):
-        load.targets([budget("raspberry-pi-5")])
+    for name, way in (("raspberry-pi-5", "--ssh user@host"), ("android-qnn", "--adb SERIAL")):
+        with pytest.raises(UserError, match=f"'{name}' is a template, not yet measured, .*{way} --like {name}"):
+            load.targets([Budget(profile=name)])
     if host()["machine"] != "arm64":
         with pytest.raises(UserError, match="'apple-silicon-cpu' expects a processor with darwin, which this one"):
             measure_file(model, "apple-silicon-cpu")
@@ -98,12 +100,6 @@ def test_a_provider_that_is_not_built_in_is_one_line(tmp_path: Path) -> None:
     model.write_bytes(b"any")
     with pytest.raises(UserError, match=r"'cuda' wants CUDAExecutionProvider, but the onnxruntime installed here"):
         measure_file(model, "cuda")
-
-
-def budget(name: str):
-    from autocompress.types import Budget
-
-    return Budget(profile=name)
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
@@ -154,6 +150,32 @@ def test_another_runtime_is_the_same_device_and_another_processor_is_not() -> No
     with pytest.raises(UserError, match=r"'mine' was made for another device .*another one.*--as-is"):
         check_same(pinned, other)
     assert not check_same(pinned, other, as_is=True)
+
+
+def test_another_device_is_refused_by_a_station_or_marked(tmp_path: Path, monkeypatch) -> None:
+    for name in ("AUTOCOMPRESS_CACHE", "TMPDIR"):  # nobody else's measurements are waited for
+        monkeypatch.setenv(name, str(tmp_path))
+    model = tmp_path / "model.onnx"
+    model.write_bytes(smallnets.nothing())
+    pinned = Profile(name="mine", fingerprint="0123456789ab")
+    with pytest.raises(UserError, match="'mine' was made for another device"):
+        measure_file(model, pinned, seconds=0.1)
+    with pytest.raises(UserError, match="'mine' was made for another device"):
+        Station([pinned], plan_cores([pinned]), model, tmp_path / "cache")
+    assert measure_file(model, pinned.model_copy(update={"as_is": True}), seconds=0.1).as_is
+    own = Profile(name="mine", fingerprint=identity(host()))
+    assert not measure_file(model, own, seconds=0.1).as_is
+    taken = own.model_copy(update={"fingerprint": "0123456789ab", "as_is": True})
+    for _ in range(2):  # measured, and from the cache
+        station = Station([taken], plan_cores([taken]), model, tmp_path / "cache")
+        assert station.measure("mine", model.read_bytes(), seconds=0.2).as_is
+        station.close()
+
+
+def test_a_budget_takes_a_device_as_it_is(home: Path) -> None:
+    put(home / "hardware_profiles", "mine", "name: mine\nfingerprint: 0123456789ab\n")
+    assert not load.targets([Budget(profile="mine")])[0][0].as_is
+    assert load.targets([Budget(profile="mine", as_is=True)])[0][0].as_is
 
 
 # --- shelves of the user ----------------------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ import pytest
 from autocompress import auto, load
 from autocompress.devices import adding, smallnets
 from autocompress.devices.findings import Bench, Finding
+from autocompress.devices.fingerprint import host, identity
 from autocompress.devices.local import LocalDevice
 from autocompress.devices.survey import STEPS, WIDTHS, crossing, step
 from autocompress.types import Interval, Profile, Site, UserError
+from tests import sshd
 
 ROOT = Path(__file__).parent.parent
 
@@ -171,7 +173,7 @@ def test_types_steps_and_ranks_of_a_profile_decide_what_a_space_offers() -> None
 # --- add, check, list -------------------------------------------------------------------------------------------------
 
 
-def call(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+def call(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command as a user starts it, with a home of its own."""
     return subprocess.run(
         [sys.executable, "-m", "autocompress.cli", "device", *arguments],
@@ -186,6 +188,7 @@ def call(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
             "TMPDIR": str(home),
             "COLUMNS": "110",
             "NO_COLOR": "1",
+            **environment,
         },
         check=False,
         timeout=120,
@@ -236,6 +239,27 @@ def test_a_device_is_added_checked_and_listed(tmp_path: Path, monkeypatch) -> No
     assert "mine" in call("list", home=tmp_path).stdout
 
 
+def test_a_device_behind_ssh_is_added_as_one_of_this_host(tmp_path: Path) -> None:
+    sshd.required()
+    server = sshd.Sshd(tmp_path / "server")
+    server.start()
+    reach, python = {"AUTOCOMPRESS_SSH_CONFIG": str(server.config)}, str(server.home / "python")
+    try:
+        made = ("add", "board", "--ssh", "pi", "--python", python, "--seconds", "1", "--json")
+        added = call(*made, home=tmp_path, **reach)
+        assert added.returncode == 0, added.stderr
+        found = json.loads(added.stdout)
+        assert found["profile"]["reach"]["ssh"] == "pi"
+        assert found["profile"]["fingerprint"] == identity(host())
+        assert {one["about"] for one in found["findings"]} == {"noise", "types", "ranks"}
+    finally:
+        server.stop()
+    gone = call("check", "board", home=tmp_path, **reach)
+    assert gone.returncode == 1
+    assert "NO  reachable" in gone.stdout
+    assert "Connection refused" in gone.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -261,6 +285,17 @@ def test_bad_input_is_one_line(arguments: tuple[str, ...], said: str, tmp_path: 
     assert said in found.stderr
     assert len(found.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.rglob("*.yaml"))
+
+
+def test_a_broken_profile_does_not_hide_the_others(tmp_path: Path) -> None:
+    folder = tmp_path / "config" / "autocompress" / "profiles"
+    folder.mkdir(parents=True)
+    (folder / "good.yaml").write_text("name: good\nabout: fine\n")
+    (folder / "bad.yaml").write_text("name: bad\nthread: 3\n")
+    listed = call("list", home=tmp_path)
+    assert listed.returncode == 0
+    assert "fine" in listed.stdout
+    assert "bad.yaml:2: thread: unknown key" in listed.stderr
 
 
 def test_what_a_new_profile_starts_from() -> None:

@@ -83,9 +83,13 @@ class Station:
         self._gate = (gate or Gate()) if plan.quiet else None
         self._lock = HostLock()
         self._ready = False
-        for name in self._profiles:
-            with suppress(Unreachable):
-                self.fingerprint(name)
+        try:
+            for name in self._profiles:
+                with suppress(Unreachable):
+                    self.fingerprint(name)
+        except BaseException:
+            self.close()
+            raise
         self._ready = True
 
     def fingerprint(self, profile_name: str) -> dict[str, Any]:
