@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from autocompress import pareto
 from autocompress.summary import Control, Figures, Winner
 from autocompress.types import Budget, Goal, Limit, Quality, Reading, State, Trial
-from autocompress.wording import TIMES, lost, times
+from autocompress.wording import TIMES, lost, times, wish
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def panel(
         feasible=(left, top, round(edge - left, 1), round(floor_y - top, 1)),
         counts=f"{sum(m.kind in ('done', 'front') for m in marks)} fully trained, "
         f"{sum(m.kind in ('stopped', 'below') for m in marks)} below or stopped, "
-        f"{sum(m.kind == 'infeasible' for m in marks)} too slow to train",
+        f"{sum(m.kind == 'infeasible' for m in marks)} too slow to train{_undrawn(budget)}",
     )
 
 
@@ -202,6 +202,12 @@ def _bounds(budget: Budget, base_ms: float, batch: int) -> list[tuple[float, str
     if budget.throughput is not None:
         found.append((1e3 * batch / budget.throughput, f"budget {budget.throughput:g}/s"))
     return found
+
+
+def _undrawn(budget: Budget) -> str:
+    """Bounds that have no place in a picture of quality over the median."""
+    rest = budget.model_copy(update=dict.fromkeys(("speedup", "latency_ms", "throughput")))
+    return f"; also asked: {wish(rest)}" if wish(rest) != wish(Budget(profile="")) else ""
 
 
 def _quality_range(seen: Sequence[Trial], profile: str, limit: Limit, baseline: Quality | None) -> tuple[float, float]:

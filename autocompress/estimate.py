@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from autocompress import auto
+from autocompress.certify import SESSION_S, SESSIONS
 from autocompress.devices.cores import plan_cores
+from autocompress.finals import FINALISTS
 from autocompress.journal import began
 from autocompress.models.trace import examples, thop_count
 from autocompress.parent import load_parent, strangers
@@ -18,10 +20,11 @@ from autocompress.parts import Parts, parts
 from autocompress.space import cardinality
 from autocompress.train import Training
 from autocompress.types import Job, Record
+from autocompress.wording import wish
 
 STEPS = 3
 START_S = 12.0  # imports, Ray, worker processes
-FINALS_S = 40.0  # certification, control arm, report
+FINALS_S = 15.0  # control arm, stages, report; certification comes on top
 STATION_S = 1.6  # one reading with its start
 CHILD = 0.4  # a typical candidate trains this much faster than the parent: half the width or depth
 EXPORT_S = 1.0  # export, int8 and quality, twice per trial
@@ -42,6 +45,8 @@ class Estimate(Record):
     minutes: float
     disk_mb: float
     stations: str
+    devices: dict[str, str] = {}  # what each is asked, in words
+    certify_s: float = 0.0  # if every finalist has to be measured again
     held: bool = False  # `out` has a run already
 
     def __str__(self) -> str:
@@ -53,7 +58,9 @@ class Estimate(Record):
                 f"  model     {self.parameters / 1e6:.2f} M parameters, {self.macs / 1e6:.1f} M MACs",
                 f"  space     {self.genes} genes, {_power(self.candidates)} candidates",
                 f"  machine   {self.workers} at a time; {self.stations}",
+                *(f"  device    {name}: {asked}" for name, asked in self.devices.items()),
                 f"  time      about {self.minutes:.1f} min: {train}about {self.trials} trials of {self.trial_s:.0f} s",
+                f"  certify   {SESSIONS} sessions per finalist and device, at most {self.certify_s:.0f} s of the time",
                 f"  disk      up to {self.disk_mb:.0f} MB while it runs",
                 *(
                     ["  out       holds a run already: resume it, or choose another folder by --out"]
@@ -98,7 +105,9 @@ def estimate(job: Job, made: Parts | None = None) -> Estimate:
     pace = max((trial_s - one) / workers + (one if plan.quiet else 0.0), trial_s / workers, one)
     trials = max(1, min(cost.trials, int(cost.minutes * 60 / pace)))
     probe_s = job.search.probe if job.space == auto.NAME else 0.0
-    minutes = (START_S + parent_s + probe_s + trials * pace + FINALS_S) / 60
+    # Goals share the sessions of a finalist that they share, and the first that passes ends it: a half is usual.
+    certify_s = SESSION_S * SESSIONS * FINALISTS * len(made.profiles)
+    minutes = (START_S + parent_s + probe_s + trials * pace + FINALS_S + certify_s / 2) / 60
     disk = 1.0 + parameters * 4 / 1e6 * (2 + trials * 2 * CHILD)
     return Estimate(
         job=f"{job.task} · {job.model.builder} · {job.search.searcher}",
@@ -114,6 +123,8 @@ def estimate(job: Job, made: Parts | None = None) -> Estimate:
         minutes=minutes,
         disk_mb=disk,
         stations=plan.why,
+        devices={budget.profile: wish(budget) for budget in made.budgets},
+        certify_s=certify_s,
     )
 
 

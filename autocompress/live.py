@@ -23,7 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from autocompress import pareto, space
-from autocompress.summary import Summary, Winner, parent_arch, simpler
+from autocompress.summary import Summary, Winner, beside, parent_arch, simpler
 from autocompress.types import Facts, Goal, Limit, SearchPlan, Space, State, Trial
 from autocompress.wording import DASH, TIMES, describe, lost, times, wish
 
@@ -462,6 +462,12 @@ def result(summary: Summary, out: Path, report: Path | None = None) -> Renderabl
         for winner in winners:
             table.add_row(*_winner_row(winner))
         parts.append(table)
+        budgets = {budget.profile: budget for goal in summary.goals for budget in goal.budgets}
+        for winner in winners:
+            for profile, found in winner.devices.items():
+                if words := ", ".join(beside(found, budgets.get(profile))):
+                    on = winner.goal if profile == winner.goal else f"{winner.goal} on {profile}"
+                    parts.append(Text(_one_line(f"{on}: {words}"), style="dim"))
     for name, winner in summary.closest.items():
         words = (
             f"{name}: no candidate met its budget and the quality floor; closest is #{winner.number}: {winner.reason}"
@@ -506,10 +512,11 @@ def _places(summary: Summary, out: Path, report: Path | None) -> list[tuple[str,
 def result_lines(summary: Summary, out: Path, report: Path | None = None) -> list[str]:
     """The same as plain lines, one fact each."""
     lines = []
+    budgets = {budget.profile: budget for goal in summary.goals for budget in goal.budgets}
     for winner in [*summary.winners.values(), *summary.closest.values()]:
         figures = ", ".join(
             f"{profile} {times(found.speedup.value)} ({found.speedup.low:.2f} to {found.speedup.high:.2f}) "
-            f"{found.ms.value:.3f} ms"
+            + ", ".join([f"{found.ms.value:.3f} ms", *beside(found, budgets.get(profile))])
             for profile, found in winner.devices.items()
         )
         words = lost(winner.drop, 0.0) if winner.drop is not None else "unknown"

@@ -44,7 +44,8 @@ def over_every_budget(
 ) -> bool:
     """Whether each device's budget is broken already, so that training is not worth it. False without budgets.
 
-    A bound on size counts only where `size_mb` (profile -> MB) knows the file; a device not measured is not over.
+    A bound on size counts only where `size_mb` (profile -> MB) knows the file, one on memory only where the device
+    tells it; a device not measured is not over.
     """
     sizes = size_mb or {}
     for budget in budgets:
@@ -54,6 +55,8 @@ def over_every_budget(
         known = meets(reading, budget, sizes.get(budget.profile))
         if budget.profile not in sizes:
             known.pop("size_mb", None)
+        if reading.memory_mb is None:
+            known.pop("memory_mb", None)
         if all(known.values()):
             return False
     return bool(budgets)

@@ -153,7 +153,8 @@ def remeasure(
         exporter=_exporter(out),
         bf16=run.facts.bf16,
     )
-    station = Station([target], plan_cores([target]), baseline)
+    weighed = (target.name,) if asked.memory_mb is not None else ()
+    station = Station([target], plan_cores([target]), baseline, weighed=weighed)
     try:
         return _Again(out, run, parts, work, station, sessions, say).go()
     finally:

@@ -167,6 +167,7 @@ def render(out: Path) -> str:
     environment.filters |= {
         "times": wording.times,
         "lost": wording.lost,
+        "beside": summary.beside,
         "clock": clock,
         "big": _big,
         "change": _change,
@@ -175,6 +176,7 @@ def render(out: Path) -> str:
         title=" · ".join(part for part in (found.task, found.builder, found.searcher) if part) or "search",
         run=run,
         found=found,
+        budgets={budget.profile: budget for goal in run.goals for budget in goal.budgets},
         finished=found.state == "finished",
         headline=charts.headline(list(found.winners.values())),
         winners=winners,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from autocompress.devices.cores import plan_cores
 from autocompress.devices.fingerprint import check_expects, host, resolve_local, short
 from autocompress.devices.station import Station
 from autocompress.models import Builder
+from autocompress.summary import DRIFT
 from autocompress.tasks import Task
 from autocompress.types import Budget, Goal, Limit, Profile, Quality, Reading, Record, TrialFailure, UserError
 
@@ -31,7 +32,6 @@ ELSEWHERE = 0.1
 """Relative difference of answers that another processor or runtime may give: 8-bit products saturate on some, and what
 rounds the other way once is carried on. Whether that matters is for the quality to say."""
 HARDWARE = ("processor", "machine", "flags")
-DRIFT = 0.02  # of the baseline during a session: above it the reader is told
 UP = 5  # folders above an artifact in which OUT/baseline is looked for
 
 Status = Literal["ok", "failed", "skipped"]
@@ -85,13 +85,15 @@ def verify(
     task: Task | None = None,
     trust: Sequence[str] = (),
     sessions: int = SESSIONS,
+    as_is: bool = False,
     say: Callable[[Check], None] = lambda _: None,
 ) -> Verified:
     """Check an artifact; every check is said as it ends.
 
     `devices` are profiles (by name or file) to measure on, all of the artifact's if empty; `baseline` the uncompressed
     file, which is found by itself in the folder of a search. Builder and task as in `reuse.apply`: without them the
-    file's answers are compared with those stored beside it alone. Raises UserError where there is no artifact, or for a
+    file's answers are compared with those stored beside it alone. `as_is` measures on a device that is not the one its
+    profile was made for, too. Raises UserError where there is no artifact, or for a
     device that it says nothing of.
     """
     folder = Path(source)
@@ -113,7 +115,8 @@ def verify(
     run.rebuilt()
     run.find_baseline(None if baseline is None else Path(baseline))
     for target in targets:
-        run.device(target, quality)
+        profile = target.profile.model_copy(update={"as_is": True}) if as_is else target.profile
+        run.device(replace(target, profile=profile), quality)
     return Verified(
         folder=str(folder), checks=tuple(found), certificates=run.certificates, fingerprints=run.fingerprints
     )
@@ -308,7 +311,11 @@ class _Run:
             self.fail("device", name, str(error))
             return
         try:
-            there = station.fingerprint(name)
+            try:
+                there = station.fingerprint(name)
+            except (UserError, TrialFailure) as error:  # another device than the profile's, or it does not answer
+                self.fail("device", name, str(error))
+                return
             self.fingerprints[short(there)] = there
             self.tell(Check(name="device", status="ok", says=self.compared(name, there), device=name))
             quality, checked = dict[str, Quality](), dict[str, Checked]()
@@ -366,7 +373,7 @@ class _Run:
             was = f"certified {old.ms.value:.3f} ms"
             parts.append(f"{was}, {old.speedup:.2f}x" if self.baseline else was)
         if abs(reading.drift) > DRIFT:
-            parts.append(f"the baseline drifted by {reading.drift:+.1%}")
+            parts.append(f"times drifted by {reading.drift:+.1%} in a session")
         if reading.noisy:
             parts.append("all sessions noisy: not to be relied on")
         return "; ".join(parts)

@@ -55,7 +55,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def test_another_variant_is_made_measured_ranked_and_certified(copy: Path) -> None:
     before = snapshot(copy)
     target = other(copy)
-    found = again(copy, target, speedup=0.01, throughput=1.0)
+    found = again(copy, target, speedup=0.01, throughput=1.0, memory_mb=4e3)
     after = snapshot(copy)
     assert {name: after[name] for name in before} == before  # the journal too: nothing of the search is touched
     measured = [row for row in found.rows if row.ms is not None]

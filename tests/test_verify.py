@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import shutil
@@ -17,19 +18,27 @@ from onnx import numpy_helper
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from autocompress import artifact, evidence
+from autocompress import artifact, evidence, live, summary
+from autocompress.estimate import estimate
+from autocompress.parts import parts
 from autocompress.run import run
 from autocompress.tasks.digits import Digits
-from autocompress.types import Numeric, Profile, UserError
+from autocompress.types import Budget, Numeric, Profile, UserError
 from autocompress.verify import Check, Verified, verify
+from autocompress.wording import TIMES
 from tests.small_search import builder, job, space
+
+ASKED = Budget(
+    profile="local-1t", speedup=0.01, latency_ms=1e3, p95_ms=1e3, throughput=1.0, size_mb=100.0, memory_mb=4e3
+)
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One serial search; its winner is what the tests below copy and damage."""
     folder = tmp_path_factory.mktemp("verify")
-    run(job(folder / "run"), builder=builder(), space=space(folder), serial=True, console=Console(quiet=True))
+    asked = job(folder / "run").model_copy(update={"devices": (ASKED,)})
+    run(asked, builder=builder(), space=space(folder), serial=True, console=Console(quiet=True))
     return folder / "run"
 
 
@@ -70,7 +79,8 @@ def test_a_whole_artifact_passes_and_says_what_was_looked_at(made: Path) -> None
     found = verify(made, model=builder(), say=said.append)
     assert tuple(said) == found.checks
     checks = by_name(found)
-    assert set(checks) == {"files", "parity", "rebuilt", "baseline", "device", "quality", "latency", "speedup"}
+    bounds = {"speedup", "latency_ms", "p95_ms", "throughput", "size_mb", "memory_mb"}
+    assert set(checks) == {"files", "parity", "rebuilt", "baseline", "device", "quality", "latency"} | bounds
     assert firm(found), found
     assert checks["parity"].says == "model.onnx gives the stored answers exactly"
     assert "byte for byte" in checks["rebuilt"].says
@@ -79,6 +89,48 @@ def test_a_whole_artifact_passes_and_says_what_was_looked_at(made: Path) -> None
     assert "5 sessions" in checks["latency"].says
     assert found.certificates["local-1t"].readings["local-1t"].fingerprint in found.fingerprints
     assert all("\n" not in str(check) for check in found.checks)
+
+
+def test_every_budget_goes_from_the_job_to_every_page(out: Path) -> None:
+    (made,) = out.glob("*/local-1t")
+    proof = artifact.read(made).manifest.certificate
+    reading = proof.readings["local-1t"]
+    assert {bound.name for bound in proof.bounds} == set(ASKED.model_fields_set) - {"profile"}
+    assert all(bound.met for bound in proof.bounds)
+    assert reading.memory_mb is not None
+    assert 0 < reading.memory_mb < 4e3
+    rows = list(csv.DictReader((out / "front.csv").read_text().splitlines()))
+    assert all(float(row["p95_low"]) <= float(row["p95_ms"]) <= float(row["p95_high"]) for row in rows)
+    assert all(float(row["throughput"]) > 1 for row in rows)
+    assert all(float(row["memory_mb"]) > 0 for row in rows if row["number"] != "0")  # the search asked for it
+    assert all(row["drift"] != "" for row in rows)
+    found = summary.read(out)
+    assert found is not None
+    (winner,) = [*found.winners.values(), *found.closest.values()]
+    figures = winner.devices["local-1t"]
+    assert figures.memory_mb == reading.memory_mb
+    assert figures.throughput == reading.throughput
+    words = summary.beside(figures, ASKED)
+    assert [part for part in ("p95", "samples/s", "MB of memory") if any(part in one for one in words)] == [
+        "p95", "samples/s", "MB of memory",
+    ]  # fmt: skip
+    page = (out / "report.html").read_text()
+    assert "MB of memory" in page
+    assert "samples/s" in page
+    assert "also asked: p95 1000 ms, 100 MB, 4000 MB in memory" in page
+    said = live.result_lines(found, out)
+    assert "samples/s" in said[0]
+    assert "MB of memory" in said[0]
+    drifted = figures.model_copy(update={"drift": 0.031, "memory_mb": None})
+    assert summary.beside(drifted, ASKED)[-2:] == ("memory unknown", "the baseline drifted by +3.1%")
+    assert summary.beside(figures.model_copy(update={"drift": 0.0, "memory_mb": None}), None) == ()
+
+
+def test_check_shows_what_is_asked_and_what_certifying_takes(tmp_path: Path) -> None:
+    asked = job(tmp_path / "run").model_copy(update={"devices": (ASKED,)})
+    words = str(estimate(asked, parts(asked, builder=builder(), space=space(tmp_path))))
+    assert f"local-1t: 1000 ms, p95 1000 ms, 0.01{TIMES}, 1/s, 100 MB, 4000 MB in memory" in words
+    assert "5 sessions per finalist and device" in words
 
 
 def test_the_certificate_has_its_evidence(made: Path) -> None:
