@@ -246,8 +246,8 @@ def certify(
     """Measure a finalist on every device of a goal in `sessions` sessions, pool and judge.
 
     `measure(profile)` times the file of that profile alone, uncached. Devices take turns, so that sessions on one
-    device lie apart in time. A noisy session is taken once more before it counts as noisy. A device that is Unreachable in any
-    of them certifies nothing, and the reason says so.
+    device lie apart in time. A noisy session is taken once more before it counts as noisy. A device that is Unreachable
+    in any of them certifies nothing, and the reason says so.
     """
     if sessions < 1:
         raise ValueError("at least one session is needed")
@@ -264,7 +264,9 @@ def certify(
                 away[profile] = str(gone)
     taken = {profile: readings for profile, readings in taken.items() if profile not in away}
     pooled = {profile: pool(readings) for profile, readings in taken.items()}
-    return judge(goal, pooled, quality=quality, size_mb=size_mb, limit=limit, sessions=taken, checked=checked, away=away)
+    return judge(
+        goal, pooled, quality=quality, size_mb=size_mb, limit=limit, sessions=taken, checked=checked, away=away
+    )
 
 
 def choose(finalists: Sequence[T], certify_one: Callable[[T], Certificate]) -> Selection[T] | None:

@@ -273,6 +273,7 @@ def verify(
         Path | None, typer.Option(metavar="FILE.onnx", help="The uncompressed file, where ARTIFACT has left OUT.")
     ] = None,
     sessions: Annotated[int, typer.Option(min=1, help="Fresh timing processes per device.")] = 5,
+    as_is: AsIs = False,
     trust: Annotated[
         list[str] | None,
         typer.Option(metavar="PACKAGE", help="Import builder and task from this package if ARTIFACT names it."),
@@ -289,6 +290,7 @@ def verify(
         quality=quality,
         trust=trust or (),
         sessions=sessions,
+        as_is=as_is,
         say=(lambda _: None) if json else typer.echo,
     )
     typer.echo(found.model_dump_json(indent=2) if json else found.verdict)
