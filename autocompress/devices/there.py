@@ -2,9 +2,10 @@
 
 It is not left there: the source travels on stdin to `python3 -I -c BOOT LENGTH COMMAND ...`, before what it reads.
 
-    probe FOLDER MODULE ...            -> {"facts": {...}, "folder": "/.../autocompress", "python": "3.11.2", "missing": []}
-    put FOLDER KEY NAME SHA256 SIZE KEEP   with the file's bytes on stdin
-                                       -> {"path": "/.../KEY/NAME"} or {"error": "...", "full": true}
+    probe FOLDER MODULE ...
+                        -> {"facts": {...}, "folder": "/.../autocompress", "python": "3.11.2", "missing": []}
+    put FOLDER KEY NAME SHA256 SIZE KEEP        with the file's bytes on stdin
+                        -> {"path": "/.../KEY/NAME"} or {"error": "...", "full": true}
 
 Files lie in FOLDER/files/KEY/. A file gets its name only when all of it is there and has the hash; the least lately
 used KEYs make room where more than KEEP bytes, or more than the disk has, would be taken.
