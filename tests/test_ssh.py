@@ -48,16 +48,16 @@ def net(channels: int, depth: int) -> bytes:
 
 
 def crashing() -> bytes:
-    """INT_MIN modulo -1, which onnxruntime hands to the processor as it is: the process ends by SIGFPE."""
-    numbers = {"low": -(2**31), "minus": -1}
-    weights = [numpy_helper.from_array(np.array([value], np.int32), name) for name, value in numbers.items()]
+    """The least 64-bit number divided by -1, which onnxruntime hands to the processor as it is: it ends by SIGFPE."""
+    numbers = {"low": -(2**63), "minus": -1}
+    weights = [numpy_helper.from_array(np.array([value], np.int64), name) for name, value in numbers.items()]
     nodes = [
         helper.make_node("Sub", ["input", "input"], ["zero"]),  # so that nothing is worked out while loading
         helper.make_node("Add", ["zero", "low"], ["a"]),
         helper.make_node("Add", ["zero", "minus"], ["b"]),
-        helper.make_node("Mod", ["a", "b"], ["out"]),
+        helper.make_node("Div", ["a", "b"], ["out"]),
     ]
-    return model(nodes, weights, TensorProto.INT32, ["batch", 8], "out")
+    return model(nodes, weights, TensorProto.INT64, ["batch", 8], "out")
 
 
 def model(nodes: list, weights: list, kind: int, shape: list, last: str, result: int | None = None) -> bytes:
