@@ -17,6 +17,7 @@ from autocompress.pipeline import LATER, Files, firm, missed
 from autocompress.types import Budget, Reading, State, Trial, TrialFailure, UserError
 
 LOOK_S = 1.0  # between looks at a device
+PUZZLED = 60  # looks in a row that fail by what is neither the device's nor the file's fault
 
 
 class Station(Protocol):
@@ -59,6 +60,7 @@ class Later(AbstractContextManager["Later"]):
         self.controller, self.station, self.files = controller, station, files
         self._budgets, self._say = tuple(budgets), say
         self._missed: dict[str, dict[int, Missed]] = {budget.profile: {} for budget in budgets}  # by number
+        self._away: set[str] = set()
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._threads = [threading.Thread(target=self._watch, args=(name,), daemon=True) for name in self._missed]
@@ -94,11 +96,11 @@ class Later(AbstractContextManager["Later"]):
             return {profile: len(those) for profile, those in self._missed.items() if those}
 
     def finish(self, patience: float, stage: Callable[[str], None]) -> None:
-        """After the last trial: wait until nothing is missing, or for `patience` seconds in which nothing came."""
-        before, until, told = self.waiting, time.monotonic() + patience, ""
+        """After the last trial: wait until nothing is missing, or its devices were away for `patience` seconds."""
+        until, told = time.monotonic() + patience, ""
         while (now := self.waiting) and time.monotonic() < until and not self.controller.stopped:
-            if now != before:
-                before, until = now, time.monotonic() + patience
+            if not now.keys() <= self._away:
+                until = time.monotonic() + patience
             words = f"waiting for {', '.join(f'{name} ({count} to measure)' for name, count in now.items())}"
             if words != told:
                 stage(words)
@@ -110,25 +112,34 @@ class Later(AbstractContextManager["Later"]):
             self._say(f"{name} stayed away: {count} trials lack its reading; a resume measures them when it is back")
 
     def _watch(self, profile: str) -> None:
-        told = puzzled = False
+        told, puzzled = False, 0
         while not self._over.wait(LOOK_S):
             try:
                 told = self._tell(profile, told)
                 while not self._over.is_set() and (next_ := self._next(profile)) is not None:
                     self._measure(profile, next_)
                     told = self._tell(profile, told)
+                puzzled = 0
             except Unreachable:
+                self._away.add(profile)
                 continue
             except UserError as error:
-                self._say(f"{profile}: {error}")
+                self._give_up(profile, str(error))
                 return
             except Exception as error:  # noqa: BLE001  Ray is being started again, say: the next look will tell
-                if not puzzled:
-                    self._say(f"{profile}: what it missed is not measured yet, tried again ({type(error).__name__})")
-                puzzled = True
+                puzzled += 1
+                if puzzled == PUZZLED:
+                    self._give_up(profile, f"{type(error).__name__}: {error}")
+                    return
+
+    def _give_up(self, profile: str, why: str) -> None:
+        self._say(f"{profile}: what it missed is not measured in this run: {why}")
+        with self._lock:
+            self._missed[profile].clear()
 
     def _tell(self, profile: str, told: bool) -> bool:
         why = self.station.away().get(profile, "")
+        (self._away.add if why else self._away.discard)(profile)
         if bool(why) != told:
             count = self.waiting.get(profile, 0)
             rest = f"; {count} files wait for it" if count else ""

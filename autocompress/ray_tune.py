@@ -248,9 +248,12 @@ class _There:
         return device.memory(paths), list(map(str, paths))
 
     def _paths(self, places: Sequence[tuple[str, str]]) -> list[Path]:
-        paths = [Path(self._folder.name, *place) for place in places]
-        for path in paths:
+        """A file named twice gets a second spelling, since times are told apart by path."""
+        paths: list[Path] = []
+        for key, name in places:
+            path = Path(self._folder.name, key, name)
             os.utime(path.parent)
+            paths.append(path if path not in paths else path.parent / ".." / key / name)
         return paths
 
     def _made(self) -> LocalDevice:
@@ -351,7 +354,8 @@ class RayDevice:
             if isinstance(error, ActorDiedError) and self._alive(settle=5.0):
                 self.close()
                 raise TrialFailure(f"{self.profile.name}: the process there ended ({_first_line(error)})") from error
-            raise self._gone(_first_line(error)) from error
+            lost = isinstance(error, ActorDiedError | ActorUnavailableError)
+            raise self._gone("the node is gone" if lost else _first_line(error)) from error
 
     def _start(self) -> Any:
         if self._actor is not None:

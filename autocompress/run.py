@@ -39,7 +39,7 @@ from autocompress.parent import (
     strangers,
 )
 from autocompress.parts import Parts, make_ops, make_searcher, parts
-from autocompress.pipeline import Checkpoint, Evaluator, Files, Measure, OpenGate, Work, frozen, load_weights
+from autocompress.pipeline import Checkpoint, Evaluator, Files, Measure, OpenGate, Work, frozen, load_weights, missed
 from autocompress.pipeline import Gate as WorkGate
 from autocompress.probe import probe as try_choices
 from autocompress.store import Store, make_folder, write_atomic
@@ -636,13 +636,13 @@ def fold(known: dict[int, Trial], event: Event) -> Trial | None:
 def sweep(store: Store, trials: Sequence[Trial], goals: Sequence[Goal], limit: Limit) -> None:
     """Drop what a finished search no longer needs: files of trials that are neither on a front nor waiting.
 
-    Logs of failures stay, and checkpoints of stopped trials, which a longer search may promote.
+    Logs of failures stay, checkpoints of stopped trials, which a longer search may promote, and what a device missed.
     """
     fronts = {trial.number for goal in goals for trial in pareto.front(trials, goal, limit)}
     fronts |= {trial.number for goal in goals for trial in pareto.best(trials, goal, limit, FINALISTS)}
     needed: set[str] = set()
     for trial in trials:
-        if trial.state is not State.DONE or trial.number in fronts:
+        if trial.state is not State.DONE or trial.number in fronts or missed(trial.outcome):
             needed |= set(trial.outcome.files.values())
     needed |= {inner for sha in list(needed) for inner in _inside(store, sha)}
     store.keep_only(needed)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,31 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from autocompress.controller import Controller
+from autocompress import pareto
+from autocompress.controller import Controller, run_serial
 from autocompress.devices import Unreachable, host_of
 from autocompress.devices.cores import plan_cores
 from autocompress.devices.station import Station
-from autocompress.journal import Journal
+from autocompress.journal import Event, Journal
 from autocompress.parts import make_searcher
 from autocompress.run import resume, run
+from autocompress.rungs import Ladder
 from autocompress.summary import Summary
-from autocompress.types import Budget, Job, Profile, TrialFailure, UserError
+from autocompress.types import (
+    Assignment,
+    Budget,
+    Fidelity,
+    Job,
+    Limit,
+    Outcome,
+    Profile,
+    State,
+    TrialFailure,
+    UserError,
+)
 from tests import small_search
 from tests.board import board, spans
+from tests.test_controller import Closed, Learner, begin, closed_outcome
 from tests.test_devices import conv_net
 
 HERE = Profile(name="local-1t")
@@ -214,6 +229,117 @@ def test_two_searches_never_measure_at_once_on_a_host_and_a_killed_one_lets_go(b
     assert {name for *_, name in spans_} == {"one", "two"}
     for before_, after in itertools.pairwise(spans_):
         assert before_[1] <= after[0] + 0.02, f"{before_} and {after} overlap"
+
+
+# --- readings that come late, by closed form ------------------------------------------------------------------------
+
+
+REFUSED = 14
+
+
+class Partly(Closed):
+    """As `Closed`, but the device is away for two trials of three, at every rung."""
+
+    def evaluate(self, assignment: Assignment) -> Iterator[tuple[State, Outcome]]:
+        for state, outcome in super().evaluate(assignment):
+            if assignment.number % 3 and state is not State.INFEASIBLE:
+                yield state, outcome.model_copy(update={"readings": {}, "files": {"later:p": "0" * 64}})
+            else:
+                yield state, outcome
+
+
+def run_partly(path: Path) -> Controller:
+    """Late readings arrive three events after the end of their trial; one of them is a refusal."""
+    controller = begin(path, trials=24)
+    waiting: list[tuple[int, Event]] = []
+    count = 0
+
+    def on_event(event: Event) -> None:
+        nonlocal count
+        count += 1
+        if "later:p" in event.get("outcome", {}).get("files", {}) and State(event["state"]).ended:
+            waiting.append((count, event))
+        while waiting and waiting[0][0] + 3 <= count:
+            _, old = waiting.pop(0)
+            ratio = 1.0 / (2 + old["number"] % 5)
+            found = closed_outcome(ratio, None, 1.0).readings
+            how: dict[str, Any] = {"readings": found}
+            if old["number"] == REFUSED:
+                how = {"readings": {}, "reason": "refused"}
+            number, attempt = old["number"], old["attempt"]
+            controller.post(partial(Controller.late, number=number, attempt=attempt, role="later:p", **how))
+
+    run_serial(controller, Partly(), on_event)
+    controller.settle()
+    return controller
+
+
+def test_a_late_reading_is_told_again_and_a_resume_follows_every_step(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    live = run_partly(path)
+    live.journal.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    late = [line["number"] for line in lines if "late" in line]
+    assert len(late) > 5
+    assert all(live.searcher.told.count(number) > 1 for number in late)  # pyright: ignore[reportAttributeAccessIssue]
+    assert REFUSED in late
+    again = Controller.resume(Journal.open(path), Learner)
+    assert not again.notes
+    assert again.trials == live.trials
+    assert again.searcher.seen == live.searcher.seen  # pyright: ignore[reportAttributeAccessIssue]
+    refused = next(trial for trial in again.trials if trial.number == REFUSED)
+    assert (refused.state, refused.outcome.reason, refused.outcome.files) == (State.FAILED, "refused", {})
+    for before, after in zip(live._ladder._rungs, again._ladder._rungs, strict=True):
+        assert before.standing().tolist() == after.standing().tolist()
+        assert before.waiting.tolist() == after.waiting.tolist()
+    again.journal.close()
+
+
+def test_a_late_reading_of_a_trial_that_went_on_is_dropped(tmp_path: Path) -> None:
+    controller = begin(tmp_path / "journal.jsonl", trials=1)
+    assignment = controller.ask()
+    assert assignment is not None
+    outcome = closed_outcome(0.3, 0.8, 1.0).model_copy(update={"readings": {}, "files": {"later:p": "0" * 64}})
+    found = closed_outcome(0.3, 0.8, 1.0).readings
+    size = len(controller.journal.events())
+    controller.late(1, 1, "later:p", found)  # in flight
+    assert len(controller.journal.events()) == size
+    controller.tell(1, State.DONE, outcome)
+    controller.late(1, 2, "later:p", found)  # of another attempt
+    assert not controller.trials[0].outcome.readings
+    controller.late(1, 1, "later:p", found)
+    controller.late(1, 1, "later:p", found)  # twice
+    assert controller.trials[0].outcome.readings == found
+    assert len(controller.journal.events()) == size + 2
+    controller.journal.close()
+
+
+def test_a_journal_that_completes_what_has_not_ended_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    controller = begin(path, trials=1)
+    controller.ask()
+    event = {"number": 1, "state": "done", "rung": 2, "attempt": 1, "late": ["p"], "outcome": {}, "at": 1}
+    controller.journal.append(event)
+    controller.journal.close()
+    with pytest.raises(UserError, match=r"line 3: does not follow .* completed before its end"):
+        Controller.resume(Journal.open(path), Learner)
+
+
+def test_places_at_a_rung_are_those_of_complete_readings() -> None:
+    goals = pareto.goals((Budget(profile="p", speedup=2.0),))
+    limit, fidelity = Limit(metric="accuracy", floor=0.5), Fidelity(rungs=(0.3, 1.0))
+    whole, late = Ladder(fidelity, goals, limit), Ladder(fidelity, goals, limit)
+    for number in range(1, 40):
+        outcome = closed_outcome(0.1 + number * 7 % 11 / 12, 0.5 + number * 5 % 9 / 20, 0.3)
+        whole.reach(number, 0, outcome)
+        late.reach(number, 0, outcome.model_copy(update={"readings": {}}) if number % 2 else outcome)
+        if number % 3 == 0:
+            whole.wait(number, 0)
+            late.wait(number, 0)
+    for number in range(39, 0, -2):
+        late.complete(number, closed_outcome(0.1 + number * 7 % 11 / 12, None, 1.0))
+    assert whole.promotable() == late.promotable()
+    assert [whole.goes_on(n, 0) for n in range(1, 40)] == [late.goes_on(n, 0) for n in range(1, 40)]
 
 
 # --- a search whose device vanishes ------------------------------------------------------------------------------
