@@ -437,6 +437,8 @@ def searched(out: Path) -> Job:
     return made.model_copy(update={"model": made.model.model_copy(update={"epochs": 1.0})})
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_killed_between_rungs_it_ends_as_if_nothing_had_been_and_its_policy_goes_on(tmp_path):
     out = tmp_path / "killed"
     script = tmp_path / "drive.py"

@@ -206,6 +206,8 @@ station.close()
 """
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_searches_that_want_one_device_take_turns(tmp_path: Path) -> None:
     rows = json.loads(in_process("two_searches", tmp_path).splitlines()[-1])
     assert {row[0] for row in rows} == {0, 1}
@@ -250,7 +252,8 @@ def two_searches() -> None:
 # --- a search ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_raylet_killed_in_a_search_pauses_its_queue_and_comes_back(tmp_path: Path) -> None:
     told = in_process("a_search", tmp_path)
     assert "finished" in told

@@ -199,6 +199,8 @@ while True:
 """
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_searches_never_measure_at_once_on_a_host_and_a_killed_one_lets_go(baseline: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.touch()
@@ -372,6 +374,8 @@ def replayed(out: Path) -> Controller:
     return Controller.resume(Journal.open(out / "journal.jsonl"), make_searcher)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("serial", [True, False])
 def test_a_search_goes_on_without_a_device_and_completes_what_it_missed(tmp_path: Path, serial: bool) -> None:
     board(tmp_path, "alpha")
@@ -410,6 +414,8 @@ def test_a_search_goes_on_without_a_device_and_completes_what_it_missed(tmp_path
     controller.journal.close()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_with_its_only_device_away_a_search_waits_then_stops_and_resumes(tmp_path: Path) -> None:
     board(tmp_path, "alpha")
     out, cable, words = tmp_path / "out", tmp_path / "alpha" / "cut", StringIO()
@@ -435,6 +441,8 @@ def test_with_its_only_device_away_a_search_waits_then_stops_and_resumes(tmp_pat
     assert [e["number"] for e in events(out) if e.get("why") == "new"] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_with_its_only_device_away_for_a_while_a_search_waits_and_loses_nothing(tmp_path: Path) -> None:
     board(tmp_path, "alpha")
     out, cable, words = tmp_path / "out", tmp_path / "alpha" / "cut", StringIO()
@@ -453,6 +461,8 @@ def test_with_its_only_device_away_for_a_while_a_search_waits_and_loses_nothing(
     assert set(found.winners) == {"alpha"}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_device_that_stays_away_is_named_by_the_certificate_and_measured_on_resume(tmp_path: Path) -> None:
     board(tmp_path, "alpha")
     out, cable, words = tmp_path / "out", tmp_path / "alpha" / "cut", StringIO()
