@@ -89,6 +89,8 @@ def kill(raylet: Any) -> None:
 # --- one device -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_node_measures_like_the_host_that_it_is(tmp_path: Path) -> None:
     told = in_process("on_a_node", tmp_path)
     assert "the contract holds" in told
@@ -143,6 +145,8 @@ def test_without_a_resource_or_a_cluster_it_is_one_clear_line(tmp_path: Path, mo
         run(job, builder=small_search.builder(), space=small_search.space(tmp_path), console=Console(quiet=True))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_node_that_is_killed_in_the_middle_is_away_until_it_is_back(tmp_path: Path) -> None:
     told = in_process("killed_in_the_middle", tmp_path)
     assert "back" in told
