@@ -117,6 +117,7 @@ def on_a_node() -> None:
         station = Station(profiles, plan_cores(profiles), Path("large.onnx"))
         found = station.measure("a", SMALL)
         assert 0.02 < found.ratio.value < 0.6
+        assert not found.noisy
         assert station.session("a", SMALL).fingerprint == found.fingerprint
         try:
             station.measure("a", b"rubbish")
