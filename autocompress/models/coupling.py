@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from autocompress.models.following import following
 from autocompress.models.groups import Group, Ints, Unprunable, assemble, components, stuck_units
 from autocompress.models.heads import Attention, attentions
 from autocompress.models.labels import Labels, Place
@@ -157,7 +158,7 @@ def _run(trace: Labels, module: nn.Module, example: tuple[Tensor, ...]) -> None:
     try:
         with torch.no_grad():
             module.eval()
-            with trace.watching():
+            with following(trace):
                 _close(trace, module(*example))
             if _unreached(trace, module):
                 _train(trace, module, example)
@@ -176,7 +177,7 @@ def _train(trace: Labels, module: nn.Module, example: tuple[Tensor, ...]) -> Non
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     module.train()
     try:
-        with torch.random.fork_rng(devices=[]), trace.watching():
+        with torch.random.fork_rng(devices=[]), following(trace):
             _close(trace, module(*(one.repeat(2, *[1] * (one.dim() - 1)) for one in example)))
     except (RuntimeError, ValueError):
         pass  # it cannot be trained on such inputs as it is: nothing to keep in step

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from autocompress.models.labels import Call, Labels
+from autocompress.models.labels import Call, Labels
 
-Rule = Callable[["Labels", "Call", Any], None]
+Rule = Callable[[Labels, Call, Any], None]
 
 RULES: dict[str, Rule] = {}
 

@@ -3,25 +3,21 @@ which labels it puts together.
 
 The idea of DepGraph (Fang et al. 2023, section 3: layers that must be pruned together) carried down to single
 channels and to ATen operators, so that concatenations, flattening, shuffles, padding and bare parameters need no case
-of their own. What an operator does to labels is in `labelrules` and `sumrules`.
+of their own. Here are the labels and what is known of an operator's call; `following` runs a network, and what an
+operator does to labels is in `labelrules` and `sumrules`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from autocompress.models.masked import compute
 from autocompress.models.slicing import WIDTHS
-from autocompress.models.sumrules import rule_of
 
 
 class Place(NamedTuple):
@@ -83,8 +79,8 @@ class Call:
         return self.func(*args, **{**self.kwargs, **late})
 
 
-class Labels(TorchDispatchMode):
-    """Run a network inside it. Label 0 marks places where there is no channel (padding).
+class Labels:
+    """What is known of a network's channels while it is followed. Label 0 marks where there is no channel (padding).
 
     `units` gives parameter axes labels of their own choice: numbers from 0 that repeat where channels belong together
     from the start (heads). With `gone` (a mask of labels, `known` from an earlier run) channels are ignored instead:
@@ -99,7 +95,6 @@ class Labels(TorchDispatchMode):
         known: Mapping[Place, Tensor] | None = None,
         gone: Tensor | None = None,
     ) -> None:
-        super().__init__()
         self.gone = gone
         self.count = 1  # labels given so far
         self.places: dict[Place, Tensor] = dict(known or {})
@@ -118,42 +113,15 @@ class Labels(TorchDispatchMode):
             if tensor.is_floating_point():
                 self._names.setdefault(id(tensor), name)
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Follow operators, and modules, so that what has no parameters can still be named."""
+    def enter(self, module: nn.Module) -> None:
+        """A module's forward pass begins."""
+        self._stack.append(module)
 
-        def enter(module: nn.Module, inputs: Any) -> None:  # noqa: ARG001  a hook
-            self._stack.append(module)
-
-        def leave(module: nn.Module, inputs: Any, outputs: Any) -> None:  # noqa: ARG001  a hook
-            if module in self._stack:
-                while self._stack.pop() is not module:
-                    pass
-
-        hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave))
-        fused = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # its fused operators hide what they do
-        try:
-            with self:
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
-            for hook in hooks:
-                hook.remove()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing compiles this mode; torch need not import its compiler (1.5 s) to leave it alone."""
-        return False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        call = Call(func, args, kwargs or {})
-        concerned = [tensor for tensor in call.tensors() if self.layout(tensor) is not None]
-        if not concerned:
-            return call.run()
-        output = call.run() if self.gone is None else compute(self, call)
-        rule_of(call)(self, call, output)
-        return output
+    def leave(self, module: nn.Module) -> None:
+        """It ends, and with it those that it had begun."""
+        if module in self._stack:
+            while self._stack.pop() is not module:
+                pass
 
     # --- what rules ask and say ---------------------------------------------------------------------------------
 

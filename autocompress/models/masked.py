@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from autocompress.models.labels import Call, Labels
+from autocompress.models.labels import Call, Labels
 
 SUMMED: Mapping[str, tuple[str, int]] = {
     "mm": ("self", 1),

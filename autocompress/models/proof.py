@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from autocompress.models.attention import Attention
 from autocompress.models.coupling import Coupling
+from autocompress.models.following import following
 from autocompress.models.groups import Group, choose
 from autocompress.models.labels import Labels
 from autocompress.models.slicing import Mismatch, apply
@@ -185,7 +186,7 @@ class _Trial:
                 tuple(one.double() if one.is_floating_point() else one for one in inputs),
             )
         with torch.no_grad():
-            with Labels(network, known=self.coupling.trace.places, gone=gone).watching():
+            with following(Labels(network, known=self.coupling.trace.places, gone=gone)):
                 expected = _tensors(network(*inputs))
             self._cut(network, groups)
             found = _tensors(network(*inputs))

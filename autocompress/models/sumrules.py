@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from autocompress.models.labelrules import RULES, Rule, axis_of, pointwise, rule, unknown
-
-if TYPE_CHECKING:
-    from autocompress.models.labels import Call, Labels
+from autocompress.models.labels import Call, Labels
 
 
 def rule_of(call: Call) -> Rule:
