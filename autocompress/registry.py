@@ -36,7 +36,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "local": "autocompress.devices.local:LocalDevice",
         "ssh": "autocompress.devices.ssh:SshDevice",
         "adb": "autocompress.devices.adb:AdbDevice",
-        "ray": "autocompress.ray_tune:RayDevice",
+        "ray": "autocompress.devices.ray_node:RayDevice",
     },
     "task": {
         "digits": "autocompress.tasks.digits:Digits",

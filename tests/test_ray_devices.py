@@ -22,11 +22,11 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from autocompress import ray_tune
 from autocompress.devices import Unreachable
 from autocompress.devices.cores import plan_cores
 from autocompress.devices.fingerprint import host
 from autocompress.devices.local import LocalDevice
+from autocompress.devices.ray_node import RayDevice
 from autocompress.devices.station import Station
 from autocompress.run import run
 from autocompress.testing import check_device
@@ -106,7 +106,7 @@ def on_a_node() -> None:
     try:
         Path("large.onnx").write_bytes(LARGE)
         Path("small.onnx").write_bytes(SMALL)
-        device = ray_tune.RayDevice(node("a"))
+        device = RayDevice(node("a"))
         check_device(device, Path("small.onnx").resolve())
         print("the contract holds")
         assert device.fingerprint() == LocalDevice(Profile(name="here")).fingerprint()
@@ -133,12 +133,12 @@ def on_a_node() -> None:
 def test_without_a_resource_or_a_cluster_it_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(UserError, match="needs `reach: "):
-        ray_tune.RayDevice(Profile(name="a", device="ray"))
+        RayDevice(Profile(name="a", device="ray"))
     with pytest.raises(UserError, match="RAY_ADDRESS"):
-        ray_tune.RayDevice(node("a"))
+        RayDevice(node("a"))
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(UserError, match="no Ray cluster can be used at"):
-        ray_tune.RayDevice(node("a"))
+        RayDevice(node("a"))
     path = tmp_path / "a.yaml"
     path.write_text(node("a").model_dump_json(exclude_defaults=True))
     job = small_search.job(tmp_path / "out").model_copy(update={"devices": (Budget(profile=str(path), speedup=0.1),)})
@@ -188,12 +188,12 @@ def killed_in_the_middle() -> None:
 SEARCH = """
 import os, sys, time
 from pathlib import Path
-from autocompress import ray_tune
 from autocompress.devices.cores import plan_cores
+from autocompress.devices.ray_node import RayDevice
 from autocompress.devices.station import Station
 from tests.test_ray_devices import SMALL, node
 
-class Logged(ray_tune.RayDevice):
+class Logged(RayDevice):
     def time(self, models, **how):
         self.fingerprint(), self._sent(models)  # starting there and sending is not measuring
         began = time.monotonic()
