@@ -52,9 +52,9 @@ MODEL, WEIGHTS, POLICY, MANIFEST, INFER = (
     "manifest.json",
     "infer.py",
 )
-STORED, OPTIMIZED, CHECK = "model.store", "optimized.onnx", "check.npz"
-"""Beside the model: its weights as a `store` rule packs them, the file as onnxruntime runs it on this host, and a few
-inputs with the models' answers (`evidence.pair`)."""
+STORED, OPTIMIZED, CHECK, SAMPLES = "model.store", "optimized.onnx", "check.npz", "samples.npz"
+"""Beside the model: its weights as a `store` rule packs them, the file as onnxruntime runs it on this host, a few
+inputs with the models' answers (`evidence.pair`), and the certificate's single runs (`evidence.samples`)."""
 _VARIANT = re.compile(r"model-[A-Za-z0-9._-]+\.onnx")
 _SHOWN = 3  # differences listed before "and N more"
 _R = TypeVar("_R", bound=Record)
@@ -175,16 +175,16 @@ def write(
 
     `weights` may come as safetensors bytes already; `variants` are further ONNX files by name (`model-<variant>.onnx`)
     where one file does not serve every device, and the manifest's `models` says which is whose; `beside` are STORED,
-    OPTIMIZED and CHECK where there are such. Weights of a large file go into one of their own, `model.onnx.data`, which
-    the manifest vouches for too. Hashes are filled in here. An artifact of an earlier run is replaced, files in it
+    OPTIMIZED, CHECK and SAMPLES where there are such. Weights of a large file go into one of their own,
+    `model.onnx.data`, which the manifest vouches for too. Hashes are filled in here. An artifact of an earlier run is replaced, files in it
     that are not ours are kept. Raises UserError if the folder holds something else or cannot be written.
     """
     for name in variants or {}:
         if not _VARIANT.fullmatch(name):
             raise UserError(f"{name!r} is not a file name of a variant: use model-<variant>.onnx")
     for name in beside or {}:
-        if name not in (STORED, OPTIMIZED, CHECK):
-            raise UserError(f"{name!r} is no file of an artifact: use {STORED}, {OPTIMIZED} or {CHECK}")
+        if name not in (allowed := (STORED, OPTIMIZED, CHECK, SAMPLES)):
+            raise UserError(f"{name!r} is no file of an artifact: use {', '.join(allowed)}")
     files: dict[str, bytes | memoryview] = {}
     for name, data in {MODEL: model, **(variants or {}), **(beside or {})}.items():
         files |= onnxfile.files(name, data)

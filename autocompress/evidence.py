@@ -1,20 +1,22 @@
-"""What a certificate rests on beside times: quality on the device's provider, answers to compare (floor F5)."""
+"""What a certificate rests on: single runs, quality on the device's provider, answers to compare (floor F5)."""
 
 from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autocompress import export
-from autocompress.certify import Checked
+from autocompress.certify import Certificate, Checked, pool
 from autocompress.devices.fingerprint import host
+from autocompress.devices.statistics import figures
 from autocompress.tasks import InputSpec, Task, several
-from autocompress.types import Profile, Quality, UserError
+from autocompress.types import Interval, Profile, Quality, Reading, Runs, UserError
 
 SAMPLES = 2  # in a pair
 MOST = 4096  # numbers of one sample's answer that are kept
@@ -84,6 +86,89 @@ def disagreement(data: bytes, spec: InputSpec, name: str, model: bytes) -> float
     if len(kept) != len(answers) or any(one.shape != two.shape for one, two in zip(kept, answers, strict=True)):
         raise UserError(f"check.npz: holds no answers of this shape for {name}")
     return max(differ(one, two) for one, two in zip(kept, answers, strict=True))
+
+
+NS = 1e6  # nanoseconds of a millisecond, which runs are kept in
+FIGURES = ("ms", "baseline_ms", "ratio", "p95_ms", "p99_ms")
+ALIKE = 1e-6  # relative: what keeping whole nanoseconds may change
+
+
+def samples(proof: Certificate) -> bytes | None:
+    """The .npz of a certificate's single runs, None where its sessions have none.
+
+    Arrays `PROFILE:SESSION:FILE` in whole nanoseconds and in the order taken, `PROFILE:SESSION:FILE:blocks` how many of
+    them are in each block; FILE is `model` or `baseline`. Equal runs give equal bytes.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
+    for profile, sessions in proof.each.items():
+        for index, reading in enumerate(sessions):
+            if reading.runs is None:
+                continue
+            for name, blocks in (("model", reading.runs.model), ("baseline", reading.runs.baseline)):
+                flat = np.rint(np.array([ms for block in blocks for ms in block]) * NS).astype(np.uint64)
+                key = f"{profile}:{index}:{name}"
+                arrays[key] = _small(flat)
+                arrays[f"{key}:blocks"] = _small(np.array([len(block) for block in blocks]))
+    if not arrays:
+        return None
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **cast("dict[str, Any]", arrays))
+    return buffer.getvalue()
+
+
+def _small(values: NDArray[Any]) -> NDArray[Any]:
+    return values.astype(np.min_scalar_type(int(values.max(initial=0))))
+
+
+def follows(data: bytes, proof: Certificate) -> tuple[int, str]:
+    """How many runs of the shipped file there are, and the first figure of the certificate they do not give, if any.
+
+    Raises UserError for a file that is damaged or holds other sessions.
+    """
+    total = 0
+    for profile, sessions in proof.each.items():
+        for index, reading in enumerate(sessions):
+            runs = _runs(data, profile, index)
+            total += sum(map(len, runs.model))
+            if wrong := _unlike(reading, figures(runs)):
+                return total, f"session {index + 1} on {profile}: {wrong}"
+        pooled = pool(sessions)
+        if wrong := _unlike(proof.readings[profile], {name: getattr(pooled, name) for name in FIGURES}):
+            return total, f"sessions on {profile} together: {wrong}"
+    return total, ""
+
+
+def _runs(data: bytes, profile: str, index: int) -> Runs:
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            model, baseline = (
+                _blocks(file[f"{profile}:{index}:{name}"] / NS, file[f"{profile}:{index}:{name}:blocks"])
+                for name in ("model", "baseline")
+            )
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"samples.npz: {' '.join(str(error).split())[:200]}") from error
+    if not model or len(model) != len(baseline) or not all((*model, *baseline)):
+        raise UserError(f"samples.npz: session {index + 1} on {profile} is incomplete")
+    return Runs(model=model, baseline=baseline)
+
+
+def _blocks(times: NDArray[Any], lengths: NDArray[Any]) -> tuple[tuple[float, ...], ...]:
+    if int(lengths.sum()) != len(times):
+        raise ValueError("blocks and runs do not agree")
+    return tuple(tuple(part.tolist()) for part in np.split(times, np.cumsum(lengths.astype(np.int64))[:-1]))
+
+
+def _unlike(reading: Reading, found: Mapping[str, Interval]) -> str:
+    """The first figure of a reading that is another than `found`."""
+    for name in FIGURES:
+        stated, made = getattr(reading, name), found[name]
+        if stated is not None and not _alike([*stated.model_dump().values()], [*made.model_dump().values()]):
+            return f"{name} {stated.value:.6g} is stated, {made.value:.6g} follows"
+    return ""
+
+
+def _alike(one: Sequence[float], two: Sequence[float]) -> bool:
+    return all(math.isclose(a, b, rel_tol=ALIKE) for a, b in zip(one, two, strict=True))
 
 
 def differ(reference: NDArray[Any], found: NDArray[Any]) -> float:

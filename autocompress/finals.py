@@ -303,6 +303,8 @@ class Finals:
             beside[artifact.CHECK] = evidence.pair(
                 parts.task.input, {names[variant]: files.models[variant] for variant in names}
             )
+        if runs := evidence.samples(proof):
+            beside[artifact.SAMPLES] = runs
         if codecs := codecs_of(files.numeric[first]):
             beside[artifact.STORED] = storage(files.models[first], codecs)
         artifact.write(

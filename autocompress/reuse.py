@@ -208,12 +208,18 @@ def _reproduce(read: Artifact, made: Subject, out: Path | None) -> Applied:
             out,
             model=found.files[artifact.MODEL],
             variants={name: data for name, data in found.files.items() if name != artifact.MODEL},
-            beside={artifact.CHECK: evidence.pair(read.manifest.input, found.files)},
+            beside={artifact.CHECK: evidence.pair(read.manifest.input, found.files), **_samples(read)},
             weights=(read.folder / artifact.WEIGHTS).read_bytes(),
             policy=read.policy,
             manifest=read.manifest.model_copy(update={"versions": artifact.versions()}),
         )
     return Applied(folder=str(out or ""), reproduced=True, byte_equal=found.equal, error=found.error)
+
+
+def _samples(read: Artifact) -> dict[str, bytes]:
+    """The runs of the certificate that goes along."""
+    kept = artifact.SAMPLES in read.manifest.files
+    return {artifact.SAMPLES: (read.folder / artifact.SAMPLES).read_bytes()} if kept else {}
 
 
 def rebuild(read: Artifact, made: Subject) -> Rebuilt:
@@ -364,7 +370,10 @@ def _write(
         model=releases[next(v for v, name in names.items() if name == artifact.MODEL)].model,
         variants={name: releases[v].model for v, name in names.items() if name != artifact.MODEL},
         beside={
-            artifact.CHECK: evidence.pair(old.input, {names[v]: one.model for v, one in releases.items() if v in names})
+            artifact.CHECK: evidence.pair(
+                old.input, {names[v]: one.model for v, one in releases.items() if v in names}
+            ),
+            **({artifact.SAMPLES: runs} if (runs := evidence.samples(proof)) else {}),
         },
         weights=weights_of(settled.module),
         policy=read.policy.model_copy(

@@ -186,6 +186,13 @@ class Interval(Record):
     high: float
 
 
+class Runs(Record):
+    """Milliseconds of single runs of a file and of the baseline; blocks of the same place were taken side by side."""
+
+    model: tuple[tuple[float, ...], ...]
+    baseline: tuple[tuple[float, ...], ...]
+
+
 class Reading(Record):
     """Latency of one file on one device, interleaved with the baseline; refused when noisy (`noisy` set)."""
 
@@ -208,6 +215,8 @@ class Reading(Record):
     memory_mb: float | None = None  # peak of a process that loads and runs the file, beyond what it needs without
     energy_mj: float | None = None  # of the processor package per run, where the target tells it
     drift: float = 0.0  # change of the baseline from the window's first third to its last, as a share
+    # What a session's reading was made of. Not in its JSON: an artifact keeps them apart, compressed.
+    runs: Runs | None = Field(default=None, exclude=True, repr=False)
 
     @property
     def speedup(self) -> float:

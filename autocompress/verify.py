@@ -40,7 +40,7 @@ Status = Literal["ok", "failed", "skipped"]
 class Check(Record):
     """One thing that was looked at; `says` is one line."""
 
-    name: str  # files, parity, rebuilt, device, baseline, latency, quality, or a budget's name
+    name: str  # files, samples, parity, rebuilt, device, baseline, latency, quality, or a budget's name
     status: Status
     says: str
     device: str = ""
@@ -111,6 +111,7 @@ def verify(
         return Verified(folder=str(folder), checks=tuple(found))
     run = _Run(read, trust, model, task, sessions, tell)
     targets = run.targets(devices)
+    run.samples()
     run.answers()
     run.rebuilt()
     run.find_baseline(None if baseline is None else Path(baseline))
@@ -232,6 +233,21 @@ class _Run:
         if not any(all(facts.get(key) == here[key] for key in HARDWARE) for facts in prints):
             return "another processor than any that it was certified on"
         return ""
+
+    def samples(self) -> None:
+        """Whether the certificate's figures are those of the single runs that lie beside the models."""
+        manifest = self.read.manifest
+        if artifact.SAMPLES not in manifest.files:
+            says = f"no {artifact.SAMPLES} with the certificate's single runs"
+            self.tell(Check(name="samples", status="skipped", says=says))
+            return
+        try:
+            total, wrong = evidence.follows((self.read.folder / artifact.SAMPLES).read_bytes(), manifest.certificate)
+        except UserError as error:
+            self.tell(Check(name="samples", status="failed", says=str(error)))
+            return
+        says = wrong or f"the certificate's figures follow from its {total} runs"
+        self.tell(Check(name="samples", status="failed" if wrong else "ok", says=says))
 
     def answers(self) -> None:
         """Parity with the answers that lie beside the models."""

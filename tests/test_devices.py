@@ -586,6 +586,7 @@ def test_raw_times_are_kept(files: dict[str, Path], tmp_path: Path) -> None:
     kept = json.loads(gzip.decompress(next((tmp_path / "c" / "readings").rglob("*.gz")).read_bytes()))
     assert kept["key"]["model"] == "graph"
     assert [len(kept["times_ms"][name]) for name in ("model", "baseline")] == [8, 8]
+    assert kept["blocks"] == {"model": [1] * 8, "baseline": [1] * 8}
 
 
 def test_a_different_baseline_or_profile_is_another_reading(files: dict[str, Path], tmp_path: Path) -> None:

@@ -80,10 +80,12 @@ def test_a_whole_artifact_passes_and_says_what_was_looked_at(made: Path) -> None
     assert tuple(said) == found.checks
     checks = by_name(found)
     bounds = {"speedup", "latency_ms", "p95_ms", "throughput", "size_mb", "memory_mb"}
-    assert set(checks) == {"files", "parity", "rebuilt", "baseline", "device", "quality", "latency"} | bounds
+    assert set(checks) == {"files", "samples", "parity", "rebuilt", "baseline", "device", "quality", "latency"} | bounds
     assert firm(found), found
     assert checks["parity"].says == "model.onnx gives the stored answers exactly"
     assert "byte for byte" in checks["rebuilt"].says
+    runs = artifact.read(made).manifest.certificate.readings["local-1t"].samples
+    assert checks["samples"].says == f"the certificate's figures follow from its {runs} runs"
     assert checks["device"].says.endswith("the certificate's own")
     assert "360 samples" in checks["quality"].says
     assert "5 sessions" in checks["latency"].says
@@ -152,7 +154,7 @@ def _sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "model.onnx", "check.npz", "infer.py"])
+@pytest.mark.parametrize("name", ["weights.safetensors", "model.onnx", "check.npz", "samples.npz", "infer.py"])
 def test_one_changed_byte_fails_and_nothing_is_run(made: Path, name: str) -> None:
     data = bytearray((made / name).read_bytes())
     data[len(data) // 2] ^= 1
@@ -299,6 +301,24 @@ def test_the_command_has_an_exit_code_for_pipelines(made: Path) -> None:
     assert "failed  files" in bad.stdout
     assert "1 of 1 checks failed" in bad.stdout
     assert bad.stderr == ""
+
+
+def test_figures_that_do_not_follow_from_the_runs_are_found(made: Path) -> None:
+    proof, path = artifact.read(made).manifest.certificate, made / "samples.npz"
+    data = path.read_bytes()
+    assert len(data) < 8 * proof.readings["local-1t"].samples  # of as many runs of the baseline, too
+    with pytest.raises(UserError, match=r"samples\.npz"):
+        evidence.follows(data[:100], proof)
+    better = proof.each["local-1t"][2].ratio.model_dump(mode="json")
+    edit(made, **{"certificate__each__local-1t__2__ratio": {**better, "value": better["value"] * 0.99}})
+    said = by_name(verify(made, quality=False, sessions=1))["samples"]
+    assert said.status == "failed"
+    assert said.says.startswith("session 3 on local-1t: ratio")
+    path.unlink()
+    manifest = json.loads((made / "manifest.json").read_text())
+    del manifest["files"]["samples.npz"]
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    assert by_name(verify(made, quality=False, sessions=1))["samples"].status == "skipped"
 
 
 def test_a_pair_tells_equal_files_from_others_and_refuses_a_damaged_one(made: Path) -> None:

@@ -139,14 +139,18 @@ class Station:
                 raise
         if not reading.noisy:
             times = dict(zip(("model", "baseline"), window.times_ms, strict=True))
-            rounded = {name: [round(ms, 5) for ms in row] for name, row in times.items()}
-            self._keep(
-                place, {"reading": reading.model_dump(mode="json"), "load_ms": window.load_ms, "times_ms": rounded}
-            )
+            raw = {
+                "times_ms": {name: [round(ms, 5) for ms in row] for name, row in times.items()},
+                "blocks": dict(zip(times, (list(map(len, those)) for those in window.parts_ms), strict=True)),
+            }
+            self._keep(place, {"reading": reading.model_dump(mode="json"), "load_ms": window.load_ms, **raw})
         return reading
 
     def session(self, profile_name: str, model: bytes | Path, seconds: float = 1.5) -> Reading:
-        """A reading by a fresh process, never from the cache: processes differ by more than noise within one."""
+        """A reading by a fresh process, never from the cache: processes differ by more than noise within one.
+
+        It has its single runs with it.
+        """
         self.fingerprint(profile_name)
         with (
             self._turn(profile_name),
@@ -154,7 +158,8 @@ class Station:
             self._file(model) as path,
             self._reached(profile_name, fresh=True) as device,
         ):
-            return self._take(device, profile_name, path, seconds, weigh=True)[1]
+            window, reading = self._take(device, profile_name, path, seconds, weigh=True)
+            return reading.model_copy(update={"runs": window.runs})
 
     def certify(
         self, profile_name: str, model: bytes | Path, sessions: int = 5, seconds: float = 1.5

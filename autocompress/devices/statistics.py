@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from autocompress.devices import Samples
-from autocompress.types import Interval, Reading
+from autocompress.types import Interval, Reading, Runs
 
 NARROW = 0.02  # a ratio's interval narrower than this share of it needs no more samples
 NOISY = 0.05  # wider than this it is refused
@@ -82,6 +82,24 @@ def drift(baseline_ms: Sequence[float]) -> float:
     return float(np.median(baseline_ms[-third:]) / np.median(baseline_ms[:third]) - 1.0)
 
 
+def quotient(model_ms: Sequence[float], baseline_ms: Sequence[float]) -> Interval:
+    """Median of the ratios of neighbouring blocks' medians."""
+    return median(np.divide(model_ms, baseline_ms).tolist())
+
+
+def figures(runs: Runs) -> dict[str, Interval]:
+    """What single runs say: the fields `ms`, `baseline_ms`, `ratio`, `p95_ms` and `p99_ms` of their reading."""
+    blocks = [np.asarray(part) for part in runs.model]
+    middles = [[float(np.median(part)) for part in parts_] for parts_ in (runs.model, runs.baseline)]
+    return {
+        "ms": median(middles[0]),
+        "baseline_ms": median(middles[1]),
+        "ratio": quotient(*middles),
+        "p95_ms": tail(blocks, 0.95),
+        "p99_ms": tail(blocks, 0.99),
+    }
+
+
 class Window:
     """What was timed so far of one file against the baseline; grows by the answers of a device."""
 
@@ -89,7 +107,7 @@ class Window:
         self._names = (str(model), str(baseline))
         self.times_ms: tuple[list[float], list[float]] = ([], [])  # model, baseline
         self.middles_ms: tuple[list[float], list[float]] = ([], [])  # medians of their blocks
-        self.parts_ms: list[np.ndarray] = []  # the model's times, block by block
+        self.parts_ms: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])  # block by block
         self.load_ms = 0.0
         self.waited_s = 0.0  # for other measurements on the target
         self.memory_mb: float | None = None
@@ -100,13 +118,20 @@ class Window:
         """Take in one answer."""
         for i, name in enumerate(self._names):
             self.times_ms[i].extend(samples.times_ms[name])
-            self.middles_ms[i].extend(float(np.median(part)) for part in parts(samples, name))
+            blocks = parts(samples, name)
+            self.parts_ms[i].extend(blocks)
+            self.middles_ms[i].extend(float(np.median(part)) for part in blocks)
         self._disturbed += samples.disturbed * sum(len(samples.times_ms[name]) for name in self._names)
-        self.parts_ms += parts(samples, self._names[0])
         self.waited_s += samples.waited_s
         self.load_ms = max(self.load_ms, samples.load_ms.get(self._names[0], 0.0))
         self.memory_mb = samples.memory_mb.get(self._names[0], self.memory_mb)
         self.energy_mj = samples.energy_mj.get(self._names[0], self.energy_mj)
+
+    @property
+    def runs(self) -> Runs:
+        """All single runs."""
+        model, baseline = (tuple(tuple(map(float, part)) for part in parts_) for parts_ in self.parts_ms)
+        return Runs(model=model, baseline=baseline)
 
     @property
     def blocks(self) -> int:
@@ -116,7 +141,7 @@ class Window:
     @property
     def ratio(self) -> Interval:
         """Median of the ratios of neighbouring blocks: what slows the machine for a while slows both of a pair."""
-        return median(np.divide(self.middles_ms[0], self.middles_ms[1]).tolist())
+        return quotient(*self.middles_ms)
 
     @property
     def disturbed(self) -> float:
@@ -140,8 +165,8 @@ class Window:
         return Reading(
             profile=profile,
             ms=median(self.middles_ms[0]),
-            p95_ms=tail(self.parts_ms, 0.95),
-            p99_ms=tail(self.parts_ms, 0.99),
+            p95_ms=tail(self.parts_ms[0], 0.95),
+            p99_ms=tail(self.parts_ms[0], 0.99),
             baseline_ms=median(self.middles_ms[1]),
             ratio=self.ratio,
             samples=len(self.times_ms[0]),
