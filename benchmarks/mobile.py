@@ -14,7 +14,7 @@ from typing import Any
 import references as by
 import torch
 from arms import Arm, all_of, both, rows_of
-from cifar import Cifar
+from cifar10 import Cifar
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 

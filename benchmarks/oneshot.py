@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch_pruning
-from cifar import Cifar, resnet
+from cifar10 import Cifar, resnet
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 from rich.console import Console

@@ -28,7 +28,7 @@ import references as by
 import torch
 import torch_pruning as tp
 from arms import DISTILL, Arm, Lab, Rules, all_of, both, every_second, rows_of, table
-from cifar import Cifar, resnet
+from cifar10 import Cifar, resnet
 from encoder import ENCODER_ARMS, Sentences, encoder
 from mobile import MOBILE_ARMS, mobilenet, unequal
 from rich.console import Console

@@ -398,7 +398,7 @@ def test_simulated_and_real_int8_agree_on_a_trained_resnet(monkeypatch):
     if not os.environ.get("AUTOCOMPRESS_DATA"):
         pytest.skip("AUTOCOMPRESS_DATA names no folder with CIFAR-10 and trained networks")
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    from cifar import Cifar, resnet
+    from cifar10 import Cifar, resnet
 
     class Part(Cifar):
         def arrays(self, split):

@@ -40,7 +40,7 @@ def folder() -> Path:
     named = os.environ.get("AUTOCOMPRESS_DATA", "")
     if not (Path(named) / "cifar10-jpeg" / "cifar10_jpeg.npz").is_file():
         raise UserError(
-            "set AUTOCOMPRESS_DATA to the folder that holds cifar10-jpeg/ and weights/ (benchmarks/cifar.py)"
+            "set AUTOCOMPRESS_DATA to the folder that holds cifar10-jpeg/ and weights/ (benchmarks/cifar10.py)"
         )
     return Path(named)
 
