@@ -31,6 +31,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "evolution": "autocompress.searchers.evolution:Evolution",
         "policy_gradient": "autocompress.searchers.policy_gradient:PolicyGradient",
         "optuna": "autocompress.searchers.optuna:Optuna",
+        "gradient": "autocompress.searchers.gradient:Gradient",
     },
     "device": {
         "local": "autocompress.devices.local:LocalDevice",

@@ -1,0 +1,153 @@
+"""What is expected of genotypes nobody tried, per goal: loss of quality and latency, from told trials and the probe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autocompress import pareto
+from autocompress import space as sp
+from autocompress.pareto import Score
+from autocompress.searchers.belief import Array, Coding, Fit, Guess, fit
+from autocompress.surrogate import ceiling
+from autocompress.types import Facts, Goal, Limit, Space, Trial
+
+FEWEST = 6  # told trials that a fit needs
+MEMORY = 400  # told trials that a fit takes at most: the latest
+AGAIN = 1.2  # growth after which hyperparameters are chosen anew
+WIDEST = 1.05  # latency ratio up to which a front counts where no budget bounds it
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Functions of rows for one goal. Loss 1 stands at the quality floor, latencies are logarithms of ratios."""
+
+    loss: Guess
+    latencies: tuple[Guess, ...]  # one per device of the goal
+    bounds: tuple[float, ...]  # their upper bounds, as logarithms
+
+    def latency(self, rows: Array) -> Array:
+        """(n,) logarithm of the ratio, mean over devices."""
+        return np.mean([guess(rows) for guess in self.latencies], axis=0)
+
+    def excess(self, rows: Array) -> Array:
+        """(n,) by how much the worst budget is exceeded; negative below all."""
+        return np.max([g(rows) - b for g, b in zip(self.latencies, self.bounds, strict=True)], axis=0)
+
+
+class Beliefs:
+    """Everything told, and what was fitted to it."""
+
+    def __init__(self, space: Space, goals: Sequence[Goal], limit: Limit, facts: Facts) -> None:
+        self.space, self.goals, self.limit = space, tuple(goals), limit
+        self.profiles = tuple(dict.fromkeys(b.profile for goal in goals for b in goal.budgets))
+        known = facts.baseline_quality
+        self.top = None if known is None else known.value.value
+        self.bounds = [
+            tuple(math.log(ceiling(b, facts.baseline.get(b.profile)) or WIDEST) for b in goal.budgets)
+            for goal in self.goals
+        ]
+        gains = probed(space, facts)
+        self.codings = {name: Coding(space, facts, gains.get(name)) for name in ("", *self.profiles)}
+        self.trials: dict[int, Trial] = {}
+        self.fits: dict[tuple[str, int], Fit] = {}
+        self.sizes: dict[tuple[str, int], int] = {}
+        self.fresh: dict[tuple[str, int], int] = {}
+        self.count = 0
+
+    def tell(self, number: int, trial: Trial) -> None:
+        """Take note of a trial, in place of what its number said before."""
+        self.trials.pop(number, None)
+        self.trials[number] = trial
+        self.count += 1
+
+    def scores(self, goal: int) -> dict[int, Score]:
+        """Of the told trials that were measured, by number."""
+        found = {n: pareto.of(t, self.goals[goal], self.limit) for n, t in self.trials.items()}
+        return {number: score for number, score in found.items() if score is not None}
+
+    def highest(self) -> float:
+        """Quality of the parent; the highest told where that is not known."""
+        if self.top is not None:
+            return self.top
+        told = [q.value.value for t in self.trials.values() for q in t.outcome.quality.values()]
+        return max((value for value in told if math.isfinite(value)), default=self.limit.floor)
+
+    def lost(self, quality: float) -> float:
+        """Loss of quality: 0 for the parent's, 1 at the floor, growing slowly far below it."""
+        top = self.highest()
+        span = top - self.limit.floor
+        span = span if span > 0 else max(abs(self.limit.floor), 1e-9) * 0.01
+        drop = (top - quality) / span
+        return math.asinh(3.0 * drop) / math.asinh(3.0)
+
+    def about(self, goal: int, rng: np.random.Generator | None = None, width: float = 1.0) -> Outlook | None:
+        """What is expected under a goal, or with `rng` one draw of what may be; None while too little is known."""
+        fits = [self._fit("", goal), *(self._fit(b.profile, 0) for b in self.goals[goal].budgets)]
+        known = [found for found in fits if found is not None]
+        if len(known) < len(fits) or len(fits) < 2:
+            return None
+        loss, *latencies = (found.mean() if rng is None else found.draw(rng, width) for found in known)
+        return Outlook(loss, tuple(latencies), self.bounds[goal])
+
+    def error(self, profile: str) -> float | None:
+        """Standard error of the predicted logarithm of the latency, each trial left out once."""
+        found = self._fit(profile, 0)
+        return None if found is None else float(np.sqrt(np.mean(found.left_out() ** 2)))
+
+    def _fit(self, what: str, goal: int) -> Fit | None:
+        key = (what, goal)
+        if self.fresh.get(key) == self.count:
+            return self.fits.get(key)
+        self.fresh[key] = self.count
+        rows, values, half = [], [], []
+        for trial in list(self.trials.values())[-MEMORY:]:
+            value = self._value(trial, what, goal)
+            if value is not None:
+                rows.append(self.codings[what].row(sp.canonical(self.space, trial.genotype)))
+                values.append(value)
+                half.append(0.0 if what else 1.0 - trial.outcome.fidelity)
+        if len(values) < FEWEST:
+            self.fits.pop(key, None)
+            return None
+        like = self.fits.get(key)
+        if like is None or len(values) >= AGAIN * self.sizes[key] or len(values) < self.sizes[key]:
+            like, self.sizes[key] = None, len(values)
+        found = fit(self.codings[what], np.stack(rows), np.array(values), np.array(half), like)
+        self.fits[key] = found
+        return found
+
+    def _value(self, trial: Trial, what: str, goal: int) -> float | None:
+        if what:
+            reading = trial.outcome.readings.get(what)
+            return None if reading is None else math.log(max(reading.ratio.value, 1e-6))
+        score = pareto.of(trial, self.goals[goal], self.limit)
+        return None if score is None or not math.isfinite(score.quality) else self.lost(score.quality)
+
+
+def probed(space: Space, facts: Facts) -> dict[str, list[float]]:
+    """Per column of the space, what the probe found: "" the divergence, by profile the share of the latency gained.
+
+    What was looked at in both backgrounds counts by their mean. Empty where nothing was probed.
+    """
+    seen = {(one.gene, isinstance(one.choice, bool), one.choice): one for one in facts.probe}
+    rows = [
+        seen.get((gene.name, isinstance(choice, bool), choice)) for gene in space.genes for choice in gene.choices[1:]
+    ]
+    if not any(one is not None and one.ms for one in rows):
+        return {}
+    found = {"": [_mean([one.kl, one.best_kl]) if one is not None else 0.0 for one in rows]}
+    for profile, reading in facts.baseline.items():
+        ms = reading.ms.value
+        found[profile] = [
+            0.0 if one is None else -_mean([one.ms.get(profile), one.best_ms.get(profile)]) / ms for one in rows
+        ]
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else 0.0
