@@ -2,7 +2,8 @@
 
 Every step is written to the journal first and acted upon afterwards. States of a trial in the journal: `running` (a new
 attempt, with `why`: new, promoted, resumed or retry), `rung` (it went on), and the ends of `types.State`. An end with
-`late` completes one before it: those profiles' devices were away then. Number 0 also has `away` and `back`, of devices.
+`late` completes one before it: those profiles' devices were away then. Number 0 also has `away` and `back`, of devices,
+and `finals`: from there on the named trials alone go on, to the named rungs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import queue
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from pydantic import ValidationError
@@ -43,6 +44,7 @@ from autocompress.types import (
 RETRIES = 2
 COST = "cost"  # an event of number 0: the cost was changed on resuming
 AWAY, BACK = "away", "back"  # events of number 0: a device does not answer, or does again
+FINALS = "finals"  # an event of number 0: the search is over, these trials go on to these rungs
 LATE = "late"  # key of an event: the profiles whose readings came after the trial's end
 
 
@@ -113,7 +115,11 @@ class Controller:
         self._asked = 0
         self._again: dict[int, str] = {}  # number -> why it runs again: resumed or retry
         self._retries: dict[int, int] = {}
-        self._ladder = Ladder(plan.fidelity, self.goals, limit)
+        self._ladder = Ladder(plan.fidelity, self.goals, limit, held=1 if plan.cost.final > 0 else 0)
+        self._finals: dict[int, tuple[float, ...]] = {}  # number -> its rungs, of trials that go on after the search
+        self._cycles: dict[int, tuple[float, ...]] = {}
+        self._waiting: list[int] = []  # of those, not begun yet
+        self.rounds = 0  # of finals
         self._exhausted = self._stopped = False
         self._posted: queue.SimpleQueue[Callable[[Controller], None]] = queue.SimpleQueue()
         self._clock = clock
@@ -178,8 +184,12 @@ class Controller:
 
     @property
     def finished(self) -> bool:
-        """No ask will ever be answered again. Trials in flight may still be told."""
-        if self._stopped or self.elapsed >= self.cost.minutes * 60:
+        """No ask will ever be answered again, but for finals. Trials in flight may still be told."""
+        if self._stopped:
+            return True
+        if self.rounds:
+            return not (self._waiting or self._lost_finals() or self._open & self._finals.keys())
+        if self.elapsed >= self.cost.search_seconds:
             return True
         if self._open or self._again or not (self._exhausted or self._asked >= self.cost.trials):
             return False
@@ -202,8 +212,10 @@ class Controller:
     def ask(self) -> Assignment | None:
         """What to run next: lost trials first, then promotions, then the searcher's; None when there is nothing now."""
         self.settle()
-        if self._stopped or self.elapsed >= self.cost.minutes * 60:
+        if self._stopped or (not self.rounds and self.elapsed >= self.cost.search_seconds):
             return None
+        if self.rounds:
+            return self._ask_final()
         if self._again:
             number = min(self._again)
             return self._start(self._trials[number], self._again[number])
@@ -232,9 +244,10 @@ class Controller:
         if bad:
             self.tell(number, State.FAILED, Outcome(reason=bad))
             return False
-        self._ladder.reach(number, trial.rung, outcome)
-        late = self.elapsed >= self.cost.minutes * 60 and not self._stopped
-        if not late and self._ladder.goes_on(number, trial.rung):
+        if number not in self._finals:
+            self._ladder.reach(number, trial.rung, outcome)
+        late = self.elapsed >= self.cost.search_seconds and not self._stopped
+        if number in self._finals or (not late and self._ladder.goes_on(number, trial.rung)):
             trial = trial.model_copy(update={"state": State.RUNG})
             self._write(self._end(trial))
             self._trials[number] = trial
@@ -250,7 +263,7 @@ class Controller:
         bad = _not_json(outcome)
         if bad:
             state, outcome = State.FAILED, Outcome(reason=bad)
-        rung = len(self.plan.fidelity.rungs) - 1 if state is State.DONE else trial.rung
+        rung = len(self._rungs(number)) - 1 if state is State.DONE else trial.rung
         self._close(trial.model_copy(update={"state": state, "rung": rung, "outcome": outcome}))
 
     def lost(self, number: int, reason: str) -> bool:
@@ -263,6 +276,65 @@ class Controller:
         self._open.discard(number)
         self._again[number] = "retry"
         return True
+
+    # --- after the search -------------------------------------------------------------------------------------------
+
+    def finals(self, paths: Mapping[int, Sequence[float]]) -> None:
+        """From now on these trials alone are asked for, in this order, each to go on through fidelities of its own.
+
+        The learning rate comes down at the last. Raises ValueError for a trial that has no checkpoint or is beyond.
+        """
+        event: Event = {
+            "number": 0,
+            "state": FINALS,
+            "paths": [{"number": number, "rungs": list(rungs)} for number, rungs in paths.items()],
+        }
+        self._begin_finals(event)
+        self._write(event)
+
+    def assignment(self, number: int) -> Assignment:
+        """What a worker would be asked, were this trial to go on now."""
+        return self._assignment(self._trials[number])
+
+    @property
+    def in_finals(self) -> tuple[int, ...]:
+        """Numbers of the trials that go on, or went on, after the search."""
+        return tuple(self._finals)
+
+    @property
+    def reached(self) -> tuple[Mapping[int, Outcome], ...]:
+        """Per rung the outcomes of trials as they were when they reached it, by number."""
+        done = {t.number: t.outcome for t in self._trials.values() if t.number and t.state is State.DONE}
+        return (*self._ladder.reached, {number: done[number] for number in done.keys() - self._finals.keys()})
+
+    def _begin_finals(self, event: Event) -> None:
+        self._waiting = []
+        for path in event["paths"]:
+            number, rungs = int(path["number"]), tuple(map(float, path["rungs"]))
+            trial = self._trials[number]
+            if list(rungs) != sorted(set(rungs)) or not rungs or not 0 < rungs[0] <= rungs[-1] <= 1:
+                raise ValueError(f"finals: {list(rungs)} are no rungs")
+            if trial.state not in (State.STOPPED, State.DONE) or "checkpoint" not in trial.outcome.files:
+                raise ValueError(f"finals: trial {number} is {trial.state.value}, or has no checkpoint")
+            behind = self._rungs(number)[: trial.rung + 1]
+            if behind[-1] >= rungs[0]:
+                raise ValueError(f"finals: trial {number} is at {behind[-1]:g} already")
+            self._cycles[number] = (*(self._cycles.get(number) or behind), rungs[-1])
+            self._finals[number] = (*behind, *rungs)
+            self._waiting.append(number)
+        self.rounds += 1
+
+    def _rungs(self, number: int) -> tuple[float, ...]:
+        """A trial's fidelities, behind it and ahead."""
+        return self._finals.get(number, self.plan.fidelity.rungs)
+
+    def _lost_finals(self) -> list[int]:
+        return sorted(self._again.keys() & self._finals.keys())
+
+    def _ask_final(self) -> Assignment | None:
+        for number in self._lost_finals():
+            return self._start(self._trials[number], self._again[number])
+        return self._start(self._trials[self._waiting[0]], "final") if self._waiting else None
 
     # --- devices that were away -----------------------------------------------------------------------------------
 
@@ -308,7 +380,7 @@ class Controller:
     def _completed(self, trial: Trial) -> None:
         self._trials[trial.number] = trial
         self._ladder.complete(trial.number, trial.outcome)
-        if trial.state is State.FAILED:
+        if trial.state is State.FAILED and trial.number not in self._finals:
             self._ladder.leave(trial.number, trial.rung)
 
     # --- journal first, then act --------------------------------------------------------------------------------------
@@ -337,6 +409,8 @@ class Controller:
             self._asked = number
         elif why == "promoted":
             self._ladder.leave(number, trial.rung)
+        elif why == "final":
+            self._waiting.remove(number)
         elif why == "retry":
             self._retries[number] = self._retries.get(number, 0) + 1
         self._open.add(number)
@@ -348,7 +422,9 @@ class Controller:
             attempt=trial.attempt,
             genotype=trial.genotype,
             candidate=decode(self.space, trial.genotype),
-            rungs=self.plan.fidelity.rungs,
+            rungs=self._rungs(trial.number),
+            cycles=self._cycles.get(trial.number, ()),
+            final=trial.number in self._finals,
             start=trial.rung + 1,
             checkpoint=trial.outcome.files.get("checkpoint"),
             seed=trial_seed(self.plan.seed, trial.number),
@@ -439,6 +515,9 @@ class Controller:
             return None, None
         if number == 0 and state in (AWAY, BACK):
             return None, None
+        if number == 0 and state == FINALS:
+            self._begin_finals(event)
+            return None, None
         if state == State.RUNNING:
             return None, self._step_running(event)
         outcome = Outcome.model_validate(event["outcome"])
@@ -455,12 +534,13 @@ class Controller:
         trial = self._in_flight(number).model_copy(
             update={"state": State(state), "rung": int(event["rung"]), "outcome": outcome}
         )
-        if not -1 <= trial.rung < len(self.plan.fidelity.rungs):
+        if not -1 <= trial.rung < len(self._rungs(number)):
             raise ValueError(f"there is no rung {trial.rung}")
         if trial.state in (State.RUNG, State.STOPPED):
             if trial.rung != self._trials[number].rung + 1:
                 raise ValueError(f"rung {trial.rung} after rung {self._trials[number].rung}")
-            self._ladder.reach(number, trial.rung, outcome)
+            if number not in self._finals:
+                self._ladder.reach(number, trial.rung, outcome)
         if trial.state is State.RUNG:
             self._trials[number] = trial
             return None, None

@@ -330,7 +330,7 @@ class Finals:
                 builder=parts.job.model.builder,
                 models={profile: names[variant] for profile, variant in serves.items()},
                 profiles=tuple(p for p in parts.profiles if p.name in serves),
-                epochs=parts.job.search.fidelity.full_epochs,
+                epochs=parts.job.search.fidelity.full_epochs * trial.outcome.fidelity,
                 number=trial.number,
                 genotype=trial.genotype,
                 seed=parts.job.search.seed,

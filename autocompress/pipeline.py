@@ -429,7 +429,7 @@ def rate(work: Work, shaped: Shaped) -> float:
     return full * (FINE_RATE if acting <= {"qat"} else MASKED_RATE)
 
 
-def training(work: Work, shaped: Shaped, policy: Policy, seed: int) -> Training:
+def training(work: Work, shaped: Shaped, policy: Policy, seed: int, cycles: Sequence[float] = (1.0,)) -> Training:
     """Fine-tuning of a candidate, with the parent as teacher where the policy asks for distillation."""
     taught = distillation(policy)
     return Training(
@@ -445,6 +445,7 @@ def training(work: Work, shaped: Shaped, policy: Policy, seed: int) -> Training:
         bf16=work.bf16,
         pause=work.gate.step,
         instruments=tuple((train_op(work, receipt), receipt) for receipt in shaped.instruments),
+        cycles=cycles,
     )
 
 
@@ -542,6 +543,13 @@ class Evaluator:
         except TrialFailure as failure:
             yield State.FAILED, path.outcome(reason=str(failure))
 
+    def pace(self, assignment: Assignment, steps: int = 12) -> float:
+        """Seconds that the full training of an assignment with a checkpoint would take as this process is now.
+
+        Raises TrialFailure.
+        """
+        return _Path(self, assignment).pace(steps)
+
 
 class _Path:
     """One assignment on its way."""
@@ -569,6 +577,11 @@ class _Path:
         kept = (files or {}) | {f"{LATER}{name}": sha for name, sha in self.later.items()}
         return Outcome(readings=self.readings, seconds=seconds, reason=reason, files=kept, **self.facts)
 
+    @property
+    def cycles(self) -> tuple[float, ...]:
+        """Where the learning rate has come down: at every rung, if nothing else is said."""
+        return self.assignment.cycles or self.assignment.rungs
+
     def walk(self) -> Iterator[tuple[State, Outcome]]:
         assignment, policy = self.assignment, self.assignment.candidate.policy
         # A checkpoint may have been swept away; training is deterministic, so it is only time that is lost.
@@ -588,7 +601,7 @@ class _Path:
             if over_every_budget(likely, self.evaluator.budgets):
                 yield State.INFEASIBLE, self.outcome(reason=self.too_slow())
                 return
-            trainer = training(self.work, shaped, policy, assignment.seed)
+            trainer = training(self.work, shaped, policy, assignment.seed, self.cycles)
         else:
             with self.stage("structure"):
                 shaped, trainer = self.restore(assignment.checkpoint)
@@ -607,21 +620,32 @@ class _Path:
             self.facts["fidelity"] = fidelity
             self.sizes(releases)
             if index + 1 < len(assignment.rungs):
-                checkpoint = Checkpoint(
-                    receipts=shaped.receipts,
-                    instruments=shaped.instruments,
-                    readings=self.readings,
-                    keys=self.keys,
-                    later=self.later,
-                    training=self.files.put(trainer.state()),
-                )
-                yield (
-                    State.RUNG,
-                    self.outcome(files={"checkpoint": self.files.put(checkpoint.model_dump_json().encode())}),
-                )
+                yield State.RUNG, self.outcome(files=self.checkpoint(shaped, trainer))
             else:
                 self.time(releases, final=True)
-                yield State.DONE, self.outcome(files=self.keep(shaped.receipts, settled, releases))
+                more = self.checkpoint(shaped, trainer) if assignment.final else {}
+                yield State.DONE, self.outcome(files=self.keep(shaped.receipts, settled, releases) | more)
+
+    def checkpoint(self, shaped: Shaped, trainer: Training) -> dict[str, str]:
+        """Where the trial can go on."""
+        found = Checkpoint(
+            receipts=shaped.receipts,
+            instruments=shaped.instruments,
+            readings=self.readings,
+            keys=self.keys,
+            later=self.later,
+            training=self.files.put(trainer.state()),
+        )
+        return {"checkpoint": self.files.put(found.model_dump_json().encode())}
+
+    def pace(self, steps: int) -> float:
+        """Seconds of a whole training, by so many steps of what is left of it; they are not kept."""
+        assert self.assignment.checkpoint is not None
+        _, trainer = self.restore(self.assignment.checkpoint)
+        steps = min(steps, (trainer.total - trainer.step) // 2)
+        trainer.run_to((trainer.step + steps) / trainer.total)  # warms up
+        found = trainer.run_to((trainer.step + steps) / trainer.total)
+        return found["seconds"] / max(found["steps"], 1.0) * trainer.total
 
     def halfway(self, shaped: Shaped, settled: Settled) -> Settled:
         """A changed network in mid-training, its running statistics brought up to its weights, which run ahead of them.
@@ -732,7 +756,7 @@ class _Path:
             train_op(self.work, receipt).enact(module, receipt)
         intact = not changes_structure(self.work, candidate.arch, checkpoint.receipts)
         shaped = Shaped(module, checkpoint.receipts, checkpoint.instruments, intact)
-        trainer = training(self.work, shaped, candidate.policy, self.assignment.seed)
+        trainer = training(self.work, shaped, candidate.policy, self.assignment.seed, self.cycles)
         trainer.load(self.files.get(checkpoint.training))
         self.readings, self.keys = dict(checkpoint.readings), dict(checkpoint.keys)
         self.later = dict(checkpoint.later)

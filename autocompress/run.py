@@ -19,6 +19,7 @@ from torch import nn
 
 from autocompress import auto, live, onnxfile, pareto, ray_tune, reader, report, spacefile, summary
 from autocompress.artifact import versions
+from autocompress.closing import Closing
 from autocompress.controller import Controller, Header, header, run_serial
 from autocompress.devices import AllAway, Unreachable, host_of
 from autocompress.devices.cores import CorePlan, keep_to, plan_cores
@@ -211,6 +212,7 @@ def search(
     seed: int = 0,
     trials: int = 100,
     minutes: float = 60.0,
+    final: float = 0.0,
     fidelity: Fidelity | Mapping[str, Any] | None = None,
     probe: float = 60.0,
     out: str | Path = "runs/search",
@@ -225,8 +227,9 @@ def search(
 
     `model` may be a network of your own with its trained weights (an nn.Module); `options` and `data` are what a named
     model and task take, `epochs` how long a model without weights is trained first. The space is derived from the
-    network (`auto`) and probed for at most `probe` seconds, unless it is the built-in one. Budgets, quality and
-    fidelity are the records of a job file or mappings of their fields.
+    network (`auto`) and probed for at most `probe` seconds, unless it is the built-in one. Of the `minutes` the share
+    `final` is kept for the last rung, to which the best few alone are trained, one after another on all cores. Budgets,
+    quality and fidelity are the records of a job file or mappings of their fields.
     """
     if space is None:
         space = "convnet" if model == "convnet" else auto.NAME
@@ -248,7 +251,7 @@ def search(
             "searcher": searcher,
             "seed": seed,
             "fidelity": {} if fidelity is None else _plain(fidelity),
-            "cost": {"trials": trials, "minutes": minutes},
+            "cost": {"trials": trials, "minutes": minutes, "final": final},
             "probe": probe,
             "workers": workers,
         },
@@ -349,7 +352,11 @@ class _Run:
                 controller = self.controller(journal, baseline, begun)
                 with self.stage("search"):
                     make = MakeEvaluator(self.parts, sha, plan.quiet, baseline.facts.bf16, exporter)
-                    self.execute(controller, store, make, mine, station, session)
+                    if not controller.rounds:
+                        self.execute(controller, store, make, mine, station, session)
+                if controller.cost.final > 0 and not controller.stopped:
+                    with self.stage("final training"):
+                        self.close(controller, store, make, mine)
                 return self.finish(controller, baseline, work, mine, store)
         finally:
             if journal is not None:
@@ -492,6 +499,20 @@ class _Run:
             self.rounds(controller, later, hear, lambda: session.run(controller, evaluator, hear))
             if controller.stopped:
                 self.live.stage("stopping: what is in flight runs again on resume; writing what was found")
+
+    def close(self, controller: Controller, store: Store, make: MakeEvaluator, mine: Station) -> None:
+        """Train the best few further, in this process and with all cores that trainers have."""
+        threads = len(mine.plan.trainers) or os.cpu_count() or 1
+        evaluator = replace(make, threads=threads)(store, mine.measure)
+
+        def run() -> None:
+            self.live.stage("")
+            later = Later(controller, mine, store, self.parts.budgets, self.live.note)
+            hear = self.hear(controller, later)
+            self.rounds(controller, later, hear, lambda: run_serial(controller, evaluator, hear, keep=store.put))
+
+        limit = self.live.progress.limit
+        Closing(controller, self.parts.goals, limit, evaluator, run, self.live.note).go()
 
     def far(
         self, session: ray_tune.Session, station: Callable[[Sequence[Profile]], Station]

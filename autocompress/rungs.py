@@ -10,7 +10,7 @@ finalists are, by quality, then latency. Goals take turns, so the best on one de
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,17 @@ Ints = NDArray[np.int64]
 class Ladder:
     """Where every trial stood when it reached each rung. Grows with the journal; their order is all it knows."""
 
-    def __init__(self, fidelity: Fidelity, goals: Sequence[Goal], limit: Limit) -> None:
+    def __init__(self, fidelity: Fidelity, goals: Sequence[Goal], limit: Limit, *, held: int = 0) -> None:
+        """`held`: how many of the last rungs nobody is promoted to."""
         self.fidelity, self.goals, self.limit = fidelity, tuple(goals), limit
+        self._open = len(fidelity.rungs) - 1 - held
         self._rungs = [_Rung(max(1, len(self.goals))) for _ in fidelity.rungs[:-1]]
         self._reached: list[dict[int, Outcome]] = [{} for _ in self._rungs]
+
+    @property
+    def reached(self) -> tuple[Mapping[int, Outcome], ...]:
+        """Per rung but the last, outcomes by trial number."""
+        return tuple(self._reached)
 
     def reach(self, number: int, rung: int, outcome: Outcome) -> None:
         """Trial `number` has reached `rung` (0 first) with `outcome`. A last rung needs no decision and is ignored."""
@@ -54,7 +61,7 @@ class Ladder:
 
     def goes_on(self, number: int, rung: int) -> bool:
         """Whether a trial that has reached `rung` stands in the best share there now."""
-        if rung >= len(self._rungs):
+        if rung >= self._open:
             return False
         found = self._rungs[rung]
         return bool(found.standing()[found.index[number]] < found.places(self.fidelity.keep))
@@ -71,7 +78,7 @@ class Ladder:
 
     def promotable(self) -> int | None:
         """The stopped trial that now deserves to go on: highest rung first, then best standing."""
-        for rung in reversed(self._rungs):
+        for rung in reversed(self._rungs[: self._open]):
             number = rung.first_waiting(self.fidelity.keep)
             if number is not None:
                 return number

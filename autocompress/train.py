@@ -1,6 +1,6 @@
 """Training that can stop at any step and go on elsewhere as if it had never stopped.
 
-The schedule spans the full training, whatever fidelity is run to, and every random number comes from (seed, step):
+The schedule is set beforehand, whatever fidelity is run to, and every random number comes from (seed, step):
 `run_to(0.3)`, `state()`, `load()` in another process and `run_to(1.0)` give the same weights as one `run_to(1.0)` (to
 the bit with equal versions, processor and thread count). The caller sets the number of threads.
 """
@@ -139,8 +139,13 @@ class Training:
         bf16: bool | None = None,
         pause: Pause = at_once,
         instruments: Sequence[tuple[TrainOp, Receipt]] = (),
+        cycles: Sequence[float] = (1.0,),
     ) -> None:
-        """Raises UserError for a distillation weight without a teacher."""
+        """`cycles`: shares of the training at which the learning rate has come down to nothing, to begin anew.
+
+        What is judged there is judged at rest (SGDR, Loshchilov and Hutter 2017), not in the middle of a descent.
+        Raises UserError for a distillation weight without a teacher.
+        """
         if weight > 0 and teacher is None:
             raise UserError(f"training: a distillation weight of {weight} needs a teacher")
         self.module = channels_last(module)
@@ -163,6 +168,8 @@ class Training:
         self.steps_per_epoch = steps(task, "train", self.batch)
         self.total = max(1, round(epochs * self.steps_per_epoch))
         self.step = 0
+        self.ends = sorted({*(max(1, round(share * self.total)) for share in cycles), self.total})
+        self.began = 0  # step at which the cycle began
         # scales and biases are not decayed (He et al. 2019, "Bag of tricks", section 3.1)
         weights = [p for _, p in self._learning() if p.ndim > 1]
         others = [p for _, p in self._learning() if p.ndim <= 1]
@@ -186,6 +193,8 @@ class Training:
                     losses += self._update(inputs, targets)
                     images += batch_size(inputs)
                     self.step += 1
+                    if self.step in self.ends:
+                        self.began = self.step
                     if self.step >= target:
                         break
         if self.step == self.total:  # schedules end, however few the steps were
@@ -211,7 +220,7 @@ class Training:
             return 0.0
         self._advance()
         arguments = _arguments(inputs)
-        rate = self.lr * one_cycle(self.step, self.total)
+        rate = self.lr * self._share()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with self._precision():
@@ -243,6 +252,11 @@ class Training:
             raise TrialFailure(f"training diverged: gradient is {float(norm)} at step {self.step} of {self.total}")
         self.optimizer.step()
         return value
+
+    def _share(self) -> float:
+        """Of the highest rate, now."""
+        end = next(end for end in self.ends if end > self.step)
+        return one_cycle(self.step - self.began, end - self.began)
 
     def _learning(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter that the optimizer moves, by its name in a state."""
@@ -277,7 +291,7 @@ class Training:
 
     def state(self) -> bytes:
         """Weights, momenta and the step, as safetensors bytes (equal states give equal bytes)."""
-        tensors = {"clock": torch.tensor([self.step, self.total, self.seed])}
+        tensors = {"clock": torch.tensor([self.step, self.total, self.seed, self.began])}
         for name, tensor in self.module.state_dict().items():
             tensors[f"module.{name}"] = tensor
         for name, tensor in self._adapters().items():
@@ -304,9 +318,9 @@ class Training:
         except SafetensorError as error:
             raise UserError(f"training state: not readable as safetensors ({error})") from error
         clock = tensors.pop("clock", torch.zeros(0)).tolist()
-        if clock[1:] != [self.total, self.seed]:
+        if clock[1:3] != [self.total, self.seed]:
             raise UserError(
-                f"training state: of [step, steps, seed] {clock}, this training has {[self.total, self.seed]}"
+                f"training state: of [step, steps, seed] {clock[:3]}, this training has {[self.total, self.seed]}"
             )
         weights = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("module.")}
         adapters = {name[len(LESSON) :]: tensor for name, tensor in tensors.items() if name.startswith(LESSON)}
@@ -322,7 +336,7 @@ class Training:
                 if (moment := tensors.get(f"{short}.{name}")) is not None:  # in the parameter's own memory layout
                     like = torch.empty_like(parameter if moment.shape == parameter.shape else moment)
                     self.optimizer.state[parameter][key] = like.copy_(moment).detach()
-        self.step = int(clock[0])
+        self.step, self.began = int(clock[0]), int(clock[-1])
 
 
 def _optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -334,6 +334,8 @@ class Assignment(Record):
     checkpoint: str | None = None  # sha256 in the store
     seed: int = 0
     screen: dict[str, Screen] = {}  # by profile; empty: everything is measured
+    cycles: tuple[Share, ...] = ()  # where the learning rate begins anew; empty: at every rung
+    final: bool = False  # its end may be followed by more: the training's state is kept
 
 
 # --- facts: what is known before the search -----------------------------------------------------------------------
@@ -443,6 +445,13 @@ class Cost(Record):
 
     trials: int = Field(default=100, ge=1)
     minutes: Positive = 60.0
+    # Share of the minutes kept for the last rung, to which the best few alone are trained, as far as the time reaches.
+    final: float = Field(default=0.0, ge=0, lt=1, allow_inf_nan=False)
+
+    @property
+    def search_seconds(self) -> float:
+        """After which nothing new is tried."""
+        return self.minutes * 60 * (1 - self.final)
 
 
 class Fidelity(Record):
@@ -471,6 +480,12 @@ class SearchPlan(Record):
     patience: float = Field(default=30.0, ge=0, allow_inf_nan=False)  # minutes to wait for devices that are away
     screen: bool = False  # leave unmeasured what is predicted to be far over every budget; by default all is measured
     probe: float = Field(default=60.0, ge=0, allow_inf_nan=False)  # seconds at most, for `space: auto` alone; 0: none
+
+    @model_validator(mode="after")
+    def _something_before_the_last(self) -> SearchPlan:
+        if self.cost.final > 0 and len(self.fidelity.rungs) < 2:
+            raise ValueError("`cost.final` keeps the last rung for the best few: `fidelity.rungs` needs one before it")
+        return self
 
 
 class Job(Record):

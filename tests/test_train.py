@@ -84,6 +84,23 @@ def test_pieces_equal_one_go(task, bf16):
     assert not same(whole.module, other.module)
 
 
+def test_cycles_end_at_rest_and_survive_a_restart():
+    cycles = (0.2, 1.0)
+    whole = training_of(net(), Digits(), 1.5, 7, cycles=cycles)
+    rates = []
+    whole.pause = lambda: rates.append(whole._share())
+    whole.run_to(1.0)
+    end = whole.ends[0]
+    assert end == round(0.2 * whole.total)
+    assert max(rates[end - 1], rates[end]) < 0.2  # down at the rung, and up again
+    assert min(max(rates[:end]), max(rates[end:])) > 0.8
+    first, second = (training_of(net(seed=s), Digits(), 1.5, 7, cycles=cycles) for s in (0, 99))
+    first.run_to(0.5)  # in the middle of the second cycle
+    second.load(first.state())
+    second.run_to(1.0)
+    assert same(whole.module, second.module)
+
+
 def test_going_on_without_the_momenta_would_differ():
     whole, cut = training_of(net(), Digits(), 1, 0), training_of(net(), Digits(), 1, 0)
     whole.run_to(0.5)

@@ -1,0 +1,114 @@
+"""The best few train on after the search: who, how far, and that an interruption changes nothing."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autocompress import journal as journals
+from autocompress.closing import Closing, marks
+from autocompress.controller import Controller, Header, run_serial
+from autocompress.journal import Journal
+from autocompress.types import Assignment, Cost, Fidelity, Outcome, SearchPlan, State, UserError
+from tests.test_controller import Closed, Learner, head, story
+
+RUNGS = Fidelity(rungs=(0.1, 0.2, 1.0), keep=0.5)
+
+
+class Kept(Closed):
+    """As the closed form, with checkpoints; a whole training would take two hours."""
+
+    whole = 7200.0
+
+    def __init__(self, fall: int = 10**6) -> None:
+        super().__init__()
+        self.fall = fall
+
+    def evaluate(self, assignment: Assignment) -> Iterator[tuple[State, Outcome]]:
+        for state, outcome in super().evaluate(assignment):
+            more = {"checkpoint": "c"} if state is State.RUNG or assignment.final else {}
+            self.fall -= 1
+            if self.fall < 0:
+                raise KeyboardInterrupt
+            yield state, outcome.model_copy(update={"files": more})
+
+    def pace(self, assignment: Assignment) -> float:
+        assert assignment.checkpoint == "c"
+        return self.whole
+
+
+def header(minutes: float = 60.0, trials: int = 14) -> Header:
+    plan = SearchPlan(searcher="learner", seed=3, fidelity=RUNGS, cost=Cost(trials=trials, minutes=minutes, final=0.5))
+    return head().model_copy(update={"plan": plan})
+
+
+def closing(controller: Controller, evaluator: Any) -> Closing:
+    h = header()
+    return Closing(controller, h.goals, h.limit, evaluator, lambda: run_serial(controller, evaluator))
+
+
+def whole(path: Path) -> Controller:
+    controller = Controller.begin(Journal.create(path, header().event()), Learner, clock=lambda: 0.0)
+    run_serial(controller, Kept())
+    closing(controller, Kept()).go()
+    controller.journal.close()
+    return controller
+
+
+def test_nobody_is_trained_fully_in_the_search_and_the_best_are_after_it(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    controller = whole(path)
+    events = journals.read(path).events
+    at = next(i for i, event in enumerate(events) if event["state"] == "finals")
+    assert all(event.get("rung", 0) < 2 for event in events[:at])
+    assert not any(event["state"] == "done" and event["number"] for event in events[:at])
+    done = [trial for trial in controller.trials if trial.number and trial.state is State.DONE]
+    assert controller.rounds == 2
+    assert len(done) == 3
+    before = [t.outcome.quality["p"].value.value for t in done]
+    best = max(done, key=lambda trial: trial.outcome.fidelity)
+    assert best.outcome.quality["p"].value.value == max(before)
+    # an hour: two fifths of it for three, then (the clock stands still) the whole for one; a twentieth is left alone
+    first = 0.2 + 0.95 * 0.4 / 3 / 2
+    assert sorted(t.outcome.fidelity for t in done) == pytest.approx([first, first, first + 0.95 / 2], abs=1e-5)
+    assert controller.finished
+
+
+@pytest.mark.parametrize("after", range(0, 24, 3))
+def test_an_interrupted_closing_goes_on(tmp_path: Path, after: int) -> None:
+    path, other = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    whole(path)
+    controller = Controller.begin(Journal.create(other, header().event()), Learner, clock=lambda: 0.0)
+    run_serial(controller, Kept())
+    fallen = Kept(fall=after)
+    closing(controller, fallen).go()
+    controller.journal.close()
+    again = Controller.resume(Journal.open(other), Learner, clock=lambda: 0.0)
+    closing(again, Kept()).go()
+    again.journal.close()
+    assert {t.number: t.outcome for t in again.trials} == {
+        t.number: t.outcome for t in Controller.resume(Journal.open(path), Learner).trials
+    }
+    assert story(other)[-1] == story(path)[-1]
+
+
+def test_marks_are_near_enough() -> None:
+    assert marks(0.1, 0.2, 1000.0) == (0.2,)
+    assert marks(0.0, 1.0, 900.0) == pytest.approx((1 / 3, 2 / 3, 1.0), abs=1e-5)
+
+
+def test_a_share_needs_a_rung_before_the_last() -> None:
+    with pytest.raises(ValueError, match="needs one before it"):
+        SearchPlan(fidelity=Fidelity(rungs=(1.0,)), cost=Cost(final=0.5))
+
+
+def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
+    controller = whole(tmp_path / "journal.jsonl")
+    bad = next(t.number for t in controller.trials if t.state is State.INFEASIBLE)
+    with pytest.raises(ValueError, match="has no checkpoint"):
+        controller.finals({bad: (1.0,)})
+    text = (tmp_path / "journal.jsonl").read_text().replace('"state":"finals"', '"state":"final?"')
+    (tmp_path / "broken.jsonl").write_text(text)
+    with pytest.raises(UserError, match="does not follow"):
+        Controller.resume(Journal.open(tmp_path / "broken.jsonl"), Learner)
