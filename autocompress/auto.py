@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from autocompress import registry, spacefile
 from autocompress.load import SpaceFile, among, holder
-from autocompress.types import Choice, Gene, Profile, Site, Space
+from autocompress.types import Choice, Gene, Profile, Rule, Site, Space
 
 if TYPE_CHECKING:
     from autocompress.models import Builder
@@ -30,6 +30,9 @@ SHARES = {"replace": 0.02, "lowrank": 0.01, "prune": 0.002}
 ORDER = ("replace", "prune", "lowrank", "quantize")  # of policy genes after the blocks'
 TIED = {"quantize": 1.0, "lowrank": 1.0, "replace": 1.0, "prune": 0.5}  # how soon an op's sites are tied
 ABOUT = "Derived from the network; edit it and name this file in the job's `space`"
+
+TAUGHT: Mapping[str, Choice] = {"weight": 0.7, "temperature": 3.0, "kind": "both"}
+"""How every candidate is taught, see `distill.Distillation`."""
 
 Choices = tuple[Choice, ...]
 Places = dict[str, tuple[Site, ...]]
@@ -97,7 +100,7 @@ def space(
                 name = f"{op}.{param}@{path}"
                 choices = whole.choices(op, members)
                 genes[name] = Gene(name=name, kind="policy", choices=choices, when=when, site=path, op=op, param=param)
-    return Space(name=NAME, genes=(*genes.values(), *recipe))
+    return Space(name=NAME, genes=(*genes.values(), *recipe), always=tuple(_taught()))
 
 
 PARAMS = {"block": "kind", "replace": "kind", "prune": "ratio", "lowrank": "rank", "quantize": "bits"}
@@ -123,7 +126,7 @@ def reduce(full: Space, gone: Collection[tuple[str, Choice]]) -> Space:
             fixed[gene.name] = first
         else:
             left[gene.name] = gene.model_copy(update={"choices": choices, "when": when})
-    return Space(name=full.name, genes=tuple(left.values()))
+    return Space(name=full.name, genes=tuple(left.values()), always=full.always)
 
 
 # --- architecture, recipe, blocks -----------------------------------------------------------------------------------
@@ -151,15 +154,15 @@ def _builds(builder: Builder, knob: str, choice: Choice) -> bool:
 
 
 def _recipe(types: Collection[str]) -> Iterable[Gene]:
-    """How candidates are trained: distillation from the parent, and simulated integers."""
-    distill, qat = _params("distill"), _params("qat")
-    weight = _gene("distill", "weight", ".", (0.0, 0.5, 0.9))
-    yield weight
-    if "kind" in distill:
-        kinds = ("response", "attention", "features")
-        yield _gene("distill", "kind", ".", kinds, {weight.name: weight.choices[1:]})
-    if "bits" in qat and "int8" in types:
+    """How candidates are trained: with simulated integers or without."""
+    if "bits" in _params("qat") and "int8" in types:
         yield _gene("qat", "bits", ".", ("float", "int8"))
+
+
+def _taught() -> Iterable[Rule]:
+    """Every candidate is taught by the parent: what teaches best is known, and trials are too few to find it again."""
+    if "distill" in registry.BUILT_IN["op"]:
+        yield Rule(site=".", op="distill", settings=dict(TAUGHT))
 
 
 def _params(op: str) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from autocompress.ops import Phase
 from autocompress.tasks import Task
 from autocompress.types import Entry, Profile, Receipt, Record, Rule, TrialFailure, UserError
 
-Kind = Literal["response", "relation", "attention", "features"]
+Kind = Literal["response", "relation", "attention", "features", "both"]
 RELATED = 64
 """Samples of a batch whose angles are compared: every pair seen from every third is n^2 d numbers."""
 
@@ -23,6 +23,7 @@ class Distillation(Record):
     """How a candidate is taught: `temperature` softens responses.
 
     `weight` is the share of the loss that responses take; hints of the other kinds are added to the task's whole loss.
+    `both` is responses and features together.
     """
 
     weight: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)

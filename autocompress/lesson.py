@@ -23,8 +23,10 @@ from autocompress.types import TrialFailure
 
 MOST = 4
 """Places that are watched."""
-SCALE = {"attention": 100.0, "features": 20.0}
+SCALE = {"attention": 100.0, "features": 20.0, "both": 14.0}
 """Of hints beside the task's loss: at `weight` 0.5 both help a half-pruned ResNet-20 most (tried 1 to 150)."""
+SPOKEN = ("response", "both")  # kinds in which the teacher's answers take a part of the loss
+FEATURES = ("features", "both")
 
 
 class Lesson:
@@ -61,13 +63,13 @@ class Lesson:
             self.places = embedding(teacher, theirs, mine)
             return
         self.axis = 1 if any(isinstance(part, nn.Conv1d) for part in student.modules()) else -1
-        self.places = shared_places(teacher, theirs, mine, flat=settings.kind == "features", conv1d=self.axis == 1)
-        if not self.places:
+        self.places = shared_places(teacher, theirs, mine, flat=settings.kind in FEATURES, conv1d=self.axis == 1)
+        if not self.places and settings.kind not in SPOKEN:
             what = "hidden" if settings.kind == "features" else "spatial"
             raise TrialFailure(
                 f"distillation by {settings.kind}: no layer with {what} outputs has one name in candidate and parent"
             )
-        if settings.kind == "features":
+        if settings.kind in FEATURES:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 for place in self.places:
@@ -81,7 +83,7 @@ class Lesson:
     @property
     def left(self) -> float:
         """The weight of the task's own loss: soft targets take a part of its place, hints are added to it."""
-        return 1 - self.settings.weight if self.settings.kind == "response" else 1.0
+        return 1 - self.settings.weight if self.settings.kind in SPOKEN else 1.0
 
     def open(self) -> None:
         """Watch both networks."""
@@ -112,15 +114,21 @@ class Lesson:
         """The scalar loss of the batch that student and teacher have just seen."""
         kind, mine, theirs = self.settings.kind, self._mine, self._theirs
         if kind == "response":
-            if self.judge is not None:
-                return self.judge(outputs, self._taught, self.settings.temperature)
-            return responses_loss(several(outputs), several(self._taught), self.settings.temperature)
+            return self._responses(outputs)
         if kind == "relation":
             if not self.places:
                 return relation_loss(several(outputs)[0], several(self._taught)[0])
             return relation_loss(mine[self.places[0]], theirs[self.places[0]])
         losses = [self._place_loss(place, mine[place], theirs[place]) for place in self.places]
-        return SCALE[kind] * torch.stack(losses).mean()
+        if kind == "both" and not losses:  # nothing in common but the answers
+            return self._responses(outputs)
+        hints = SCALE[kind] * torch.stack(losses).mean()
+        return hints + self._responses(outputs) if kind == "both" else hints
+
+    def _responses(self, outputs: Any) -> Tensor:
+        if self.judge is not None:
+            return self.judge(outputs, self._taught, self.settings.temperature)
+        return responses_loss(several(outputs), several(self._taught), self.settings.temperature)
 
     def _place_loss(self, place: str, mine: Tensor, theirs: Tensor) -> Tensor:
         axis = channel_axis(theirs.shape, self.axis)

@@ -66,6 +66,7 @@ class SpaceFile(Record):
     builder: str
     arch: dict[str, Knob] = {}
     policy: tuple[Row, ...] = ()
+    always: tuple[Rule, ...] = ()
 
 
 # --- job and profile --------------------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ def space(name_or_path: str | Path, builder: Builder) -> Space:
             problems.append(f"{path}:{lines.get(place, 1)}: {reader.dotted(place)}: {error}")
     if problems:
         raise UserError("\n".join(problems))
-    return Space(name=file.name, genes=tuple(draft.genes.values()))
+    return Space(name=file.name, genes=tuple(draft.genes.values()), always=file.always)
 
 
 def _space_file(name_or_path: str | Path) -> tuple[SpaceFile, Path, dict[reader.Place, int]]:

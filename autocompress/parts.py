@@ -37,7 +37,8 @@ class Parts:
     @property
     def op_names(self) -> tuple[str, ...]:
         """The ops that the space speaks of, and int8 for the control arm."""
-        return tuple(dict.fromkeys([*(gene.op for gene in self.space.genes if gene.op), "quantize"]))
+        asked = [gene.op for gene in self.space.genes if gene.op]
+        return tuple(dict.fromkeys([*asked, *(rule.op for rule in self.space.always), "quantize"]))
 
 
 def parts(

@@ -157,7 +157,7 @@ def decode(space: Space, g: Genotype) -> Candidate:
         if value:
             asked.add((gene.site, gene.op))
     rules = tuple(Rule(site=key[0], op=key[1], settings=found) for key, found in settings.items() if key in asked)
-    return Candidate(arch=arch, policy=Policy(rules=rules))
+    return Candidate(arch=arch, policy=Policy(rules=(*rules, *space.always)))
 
 
 def encode(space: Space, candidate: Candidate) -> Genotype:
@@ -181,6 +181,8 @@ def encode(space: Space, candidate: Candidate) -> Genotype:
     for name, value in candidate.arch.items():
         put(("", "", name), value, f"architecture knob {name!r}")
     for rule in candidate.policy.rules:
+        if rule in space.always:
+            continue
         for param, value in rule.settings.items():
             put((rule.site, rule.op, param), value, f"setting {param!r} of op {rule.op!r} at site {rule.site!r}")
     return _canonical(ready, values)

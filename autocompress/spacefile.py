@@ -32,7 +32,7 @@ def of(space: Space, builder: str, about: str = "", *, sites: Sequence[Site] = (
         places = tuple(gene.site for gene in run)
         values = {key: tuple(value for _, value in found) for key, found in when}
         rows.append(Row(sites=places, op=op, param=param, choices=tuple(c for _, c in choices), when=values))
-    return SpaceFile(name=space.name, about=about, builder=builder, arch=arch, policy=tuple(rows))
+    return SpaceFile(name=space.name, about=about, builder=builder, arch=arch, policy=tuple(rows), always=space.always)
 
 
 _Typed = tuple[tuple[bool, Choice], ...]
@@ -67,6 +67,10 @@ def text(file: SpaceFile) -> str:
         lines += [""] if last and last != row.op else []
         lines += _row(row)
         last = row.op
+    if file.always:
+        lines += ["", "always:  # rules of every candidate"]
+    for rule in file.always:
+        lines += [f"  - {flow({'op': rule.op, 'site': rule.site, 'settings': dict(rule.settings)})}"]
     return "\n".join(lines) + "\n"
 
 

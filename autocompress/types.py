@@ -45,11 +45,23 @@ class Gene(Record):
     param: str = ""
 
 
+class Rule(Record):
+    """One line of a policy: apply `op` to `site` with `settings` (ratio, bits, rank ...)."""
+
+    site: str
+    op: str
+    settings: dict[str, Choice]
+
+
 class Space(Record):
-    """The joint space, expanded: one gene per knob of the architecture and per (site, op, param) of the policy."""
+    """The joint space, expanded: one gene per knob of the architecture and per (site, op, param) of the policy.
+
+    `always` are rules of every candidate's policy: how all are taught, say.
+    """
 
     name: str
     genes: tuple[Gene, ...]
+    always: tuple[Rule, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Space:
@@ -61,15 +73,11 @@ class Space(Record):
                 if other not in seen:
                     raise ValueError(f"gene {gene.name!r}: `when` names {other!r}, which is not an earlier gene")
             seen[gene.name] = gene
+        asked = {(gene.site, gene.op) for gene in self.genes}
+        for rule in self.always:
+            if (rule.site, rule.op) in asked:
+                raise ValueError(f"`always` and a gene both speak of {rule.op} at {rule.site!r}")
         return self
-
-
-class Rule(Record):
-    """One line of a policy: apply `op` to `site` with `settings` (ratio, bits, rank ...)."""
-
-    site: str
-    op: str
-    settings: dict[str, Choice]
 
 
 class Policy(Record):

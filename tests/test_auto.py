@@ -68,7 +68,8 @@ def test_every_site_is_asked_what_its_ops_can_do():
     assert found["prune.ratio@body.0"].choices == (0.0, 0.25, 0.5, 0.75)
     assert found["lowrank.rank@body.1"].choices == (1.0, 0.5, 0.25)
     assert found["quantize.bits@body.0"].choices == ("float", "int8")
-    assert found["distill.weight@."].choices == (0.0, 0.5, 0.9)
+    (taught,) = auto.space(Given(layers(2))).always
+    assert (taught.op, taught.settings["kind"]) == ("distill", "both")
 
 
 @pytest.mark.parametrize(

@@ -351,7 +351,7 @@ def test_a_training_in_pieces_equals_one_in_one_go(kind, task):
 def test_responses_take_a_share_of_the_loss_and_hints_are_added():
     x = (torch.zeros(2, 1, 8, 8),)
     left = [Lesson(Distillation(weight=0.75, kind=kind), built(1), built(), x).left for kind in KINDS]
-    assert left == [0.25, 1, 1, 1]
+    assert left == [0.25, 1, 1, 1, 0.25]
 
 
 def test_adapters_do_not_depend_on_the_random_numbers_before():
@@ -475,7 +475,7 @@ def test_the_op_keeps_its_contract_and_the_policy_is_read():
     [
         ({"weight": 1.5}, "weight 1.5: .*less than or equal to 1"),
         ({"temperature": 0}, "temperature 0: .*greater than 0"),
-        ({"kind": "osmosis"}, "kind 'osmosis': .*'response', 'relation', 'attention' or 'features'"),
+        ({"kind": "osmosis"}, "kind 'osmosis': .*'response', 'relation', 'attention', 'features' or 'both'"),
         ({"kinds": "x"}, "kinds 'x': no such setting, there are weight, temperature, kind"),
     ],
 )
