@@ -1,30 +1,47 @@
 """The first asks of a search: few candidates that already span the trade-off.
 
-Genes drawn one by one all look alike: with many sites every candidate is cut about half as much as it could be. What
-a person tries first is uniform over the network: everything in int8, everything pruned a little. So genes are taken
-in groups (one per op and setting, one for the architecture), each group gets one strength per candidate by Latin
-hypercube (McKay, Beckman and Conover 1979), and sites follow it with few exceptions.
+Where a probe was made, they are what its additive model expects to be best (`knapsack`), for every goal, from gentle
+to beyond its budget. The model does not know what training wins back from each op, so some of them see the ops'
+divergences scaled at random, and blocks are also dropped evenly over each stage: single drops say little of many.
+
+Otherwise they are spread. Genes drawn one by one all look alike: with many sites every candidate is cut about half as
+much as it could be. What a person tries first is uniform over the network: everything in int8, everything pruned a
+little. So genes are taken in groups (one per op and setting, one for the architecture), each group gets one strength
+per candidate by Latin hypercube (McKay, Beckman and Conover 1979), and sites follow it with few exceptions.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 
+import numpy as np
+
 from autocompress import space as sp
-from autocompress.types import Genotype, Space
+from autocompress.searchers.additive import Additive, Floats, additive, groups, rows
+from autocompress.searchers.knapsack import Knapsack, thinned
+from autocompress.surrogate import ceiling
+from autocompress.types import Facts, Genotype, Goal, Reading, Space
 
 CUTTING = ("block", "replace", "prune", "lowrank", "sparsify")
 """Ops that take something away from the network."""
 TOGETHER = 2  # of them in one of the first candidates: cuts of more at once leave nothing to learn from
 
 
-def groups(space: Space) -> tuple[tuple[int, ...], ...]:
-    """Indices of genes that ask the same question at many sites; each architecture knob is a group of its own."""
-    found: dict[tuple[str, str], list[int]] = {}
-    for i, gene in enumerate(space.genes):
-        key = ("", gene.name) if gene.kind == "arch" else (gene.op, gene.param)
-        found.setdefault(key, []).append(i)
-    return tuple(tuple(members) for members in found.values())
+BEYOND = 4.0  # times a budget's speedup up to which the first candidates go
+SCALED = 0.7  # spread of the logarithm of an op's factor
+VIEWS = 8  # at most, of fronts with other factors
+EVEN = (1 / 3, 1 / 2, 2 / 3, 3 / 4, 5 / 6, 1.0)  # shares of the blocks dropped
+
+
+def first(space: Space, facts: Facts, goals: Sequence[Goal], count: int, rng: Random) -> tuple[Genotype, ...]:
+    """`count` canonical genotypes for a search to begin with, from the probe if the facts hold one, else spread.
+
+    Any few of them in order span the range. From a probe there may be fewer, and no two are near-copies.
+    """
+    model = additive(space, facts)
+    return spread(space, count, rng) if model is None else tuple(fed(model, facts, goals, count, rng))
 
 
 def spread(space: Space, count: int, rng: Random, exceptions: float = 0.08) -> tuple[Genotype, ...]:
@@ -66,3 +83,88 @@ def integers(space: Space) -> Genotype:
         if (gene.op, gene.param) == ("quantize", "bits") and "int8" in gene.choices:
             values[i] = gene.choices.index("int8")
     return sp.canonical(space, tuple(values))
+
+
+# --- from a probe -------------------------------------------------------------------------------------------------
+
+
+def fed(model: Additive, facts: Facts, goals: Sequence[Goal], count: int, rng: Random) -> list[Genotype]:
+    """Integers everywhere, then in turn for each goal: the model's own front, blocks dropped evenly, a scaled front."""
+    space, knapsack = model.space, Knapsack(model)
+    queues: list[Iterator[Genotype]] = []
+    for goal in goals:
+        most, shares = bound(goal, facts.baseline), device_shares(model, goal)
+        own = _ordered(model, knapsack.front(shares), shares, most, count)
+        even = _ordered(model, list(evenly(space)), shares, most, max(2, count // 6))
+        both = iter(own)
+        queues += [both, iter(even), both, _scaled(knapsack, shares, most, count, rng)]
+    found = [integers(space)]
+    near = max(2, round(0.02 * len(space.genes)))
+    while queues and len(found) < count:
+        queue = queues.pop(0)
+        for g in queue:
+            if all(sum(a != b for a, b in zip(g, other, strict=True)) >= near for other in found):
+                found.append(g)
+                queues.append(queue)
+                break
+    return [trained(model, g, turn) for turn, g in enumerate(found)]
+
+
+def _scaled(knapsack: Knapsack, shares: Floats, most: float, count: int, rng: Random) -> Iterator[Genotype]:
+    """Fronts of models in which each op's divergence counts otherwise."""
+    for _ in range(VIEWS):
+        factors = np.array([math.exp(rng.gauss(0.0, SCALED)) for _ in groups(knapsack.model.space)])
+        yield from _ordered(knapsack.model, knapsack.front(shares, factors), shares, most, count)
+
+
+def bound(goal: Goal, baseline: Mapping[str, Reading]) -> float:
+    """The lowest latency ratio that a budget of the goal asks for; 1 where none bounds the median latency."""
+    asked = (ceiling(budget, baseline.get(budget.profile)) for budget in goal.budgets)
+    return min((one for one in asked if one is not None), default=1.0)
+
+
+def device_shares(model: Additive, goal: Goal) -> Floats:
+    """(devices,) how much each device's latency counts for a goal; all alike where none of its own was probed."""
+    wanted = {budget.profile for budget in goal.budgets}
+    found = np.array([float(device.profile in wanted) for device in model.devices])
+    return found / found.sum() if found.any() else np.full(len(found), 1.0 / len(found))
+
+
+def _ordered(model: Additive, found: list[Genotype], shares: Floats, most: float, count: int) -> list[Genotype]:
+    """Those from a little above the bound to far below it, evenly in latency, in an order that spans it early."""
+    if not found:
+        return []
+    ratios = model.ratios(rows(model.space, found)) @ shares
+    inside = [i for i in range(len(found)) if ratios[i] <= min(1.0, 1.4 * most)] or [int(ratios.argmin())]
+    some = list(dict.fromkeys(thinned([found[i] for i in inside], ratios[inside], count, most / BEYOND)))
+    return [some[i] for i in sorted(range(len(some)), key=lambda i: _reversed_bits(i, len(some)))]
+
+
+def _reversed_bits(i: int, count: int) -> tuple[float, int]:
+    """Key of van der Corput's order: 0, 1/2, 1/4, 3/4 ... of a range."""
+    bits = max(1, (count - 1).bit_length())
+    return int(f"{i:0{bits}b}"[::-1], 2), i
+
+
+def evenly(space: Space) -> Iterator[Genotype]:
+    """Every so many blocks of each stage dropped, what is left in integers."""
+    stages: dict[str, list[int]] = {}
+    for i, gene in enumerate(space.genes):
+        if gene.op == "block" and "drop" in gene.choices:
+            stages.setdefault(gene.site.rpartition(".")[0], []).append(i)
+    for share in EVEN if stages else ():
+        values = list(integers(space))
+        for members in stages.values():
+            for place, i in enumerate(members):
+                if int((place + 1) * share + 1e-9) > int(place * share + 1e-9):
+                    values[i] = space.genes[i].choices.index("drop")
+        yield sp.canonical(space, tuple(values))
+
+
+def trained(model: Additive, g: Genotype, turn: int) -> Genotype:
+    """With another recipe each turn, since the probe says nothing of these; the first turn's is the job's plain one."""
+    values = list(g)
+    for n, i in enumerate(model.recipe):
+        size = len(model.space.genes[i].choices)
+        values[i] = (turn * (n + 1) + turn // size * n) % size
+    return sp.canonical(model.space, tuple(values))

@@ -13,7 +13,8 @@ from random import Random
 from autocompress import pareto
 from autocompress import space as sp
 from autocompress.pareto import Score
-from autocompress.searchers.design import groups, spread
+from autocompress.searchers.additive import groups
+from autocompress.searchers.design import first
 from autocompress.searchers.fresh import Taken, numbered
 from autocompress.types import Facts, Genotype, Goal, Limit, Proposal, Space, Trial, UserError
 
@@ -84,7 +85,7 @@ class Evolution:
             self._enter(-1 - i, trial)  # numbers of an earlier run must not meet this one's
         # The best of an earlier run are asked again first: this run has to measure what it returns.
         again = {m.genotype: None for p in self.populations for m in p.members[: max(1, design // 2)]}
-        self.first = (*again, *spread(space, max(1, design - len(again)), Random(f"{seed}:design")))
+        self.first = (*again, *first(space, facts, self.goals, max(1, design - len(again)), Random(f"{seed}:design")))
 
     def ask(self, number: int, pending: Sequence[Trial]) -> Proposal | None:
         """The next of the first designs, then a child; None when the space is exhausted."""

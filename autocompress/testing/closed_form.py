@@ -20,6 +20,7 @@ import numpy as np
 
 from autocompress import pareto
 from autocompress import space as sp
+from autocompress.testing.closed_probe import probed
 from autocompress.types import (
     Assignment,
     Budget,
@@ -51,7 +52,12 @@ PRUNE_DROP = (0, 150, 500, 1600)  # in units of 1e-5, for a site of sensitivity 
 RANK_DROP = (0, 250, 900)
 INT8_DROP = 60
 PARENT_QUALITY, CHANCE = 0.98, 0.1
-LAYOUTS = {10: ((32, 2),), 20: ((32, 2), (64, 3)), 60: ((32, 5), (64, 6), (128, 6))}  # genes -> (channels, sites)
+LAYOUTS = {  # genes -> (channels, sites) of the stages
+    10: ((32, 2),),
+    20: ((32, 2), (64, 3)),
+    60: ((32, 5), (64, 6), (128, 6)),
+    200: ((32, 15), (64, 16), (128, 16), (256, 16)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +75,13 @@ class Place:
 
 
 class ClosedForm:
-    """The problem of `size` genes (10, 20 or 60), drawn from `seed`, on `devices` made-up devices.
+    """The problem of `size` genes (10, 20, 60 or 200), drawn from `seed`, on `devices` made-up devices.
 
     Holds `space`, `goals`, `limit`, `facts`, and is an evaluator: `evaluate(assignment)` yields (state, outcome).
     `speedup` is every device's budget, `drop` the quality that may be lost. Where `fail_one_in` is n > 0, about one
-    candidate in n raises TrialFailure, always the same ones.
+    candidate in n raises TrialFailure, always the same ones. With `probe` the facts hold a probe's table (`probed`).
+    `noise` is the spread of quality's and latency's errors as shares, the same for the same genotype; hypervolume is
+    always that of the true values.
     """
 
     def __init__(
@@ -85,13 +93,15 @@ class ClosedForm:
         speedup: float = 1.25,
         drop: float = 0.1,
         fail_one_in: int = 0,
+        probe: bool = False,
+        noise: float = 0.0,
     ) -> None:
         if size not in LAYOUTS:
             raise ValueError(f"size {size} is not one of {sorted(LAYOUTS)}")
         rng = Random(f"closed-form:{size}:{seed}")
         self.stages = LAYOUTS[size]
-        self.kernels = size == 60
-        self.fail_one_in = fail_one_in
+        self.kernels = size >= 60
+        self.fail_one_in, self.noise, self.seed = fail_one_in, noise, seed
         self.profiles = tuple(f"device-{'ab'[i] if devices <= 2 else i}" for i in range(devices))
         self.border = tuple(6 + 10 * i for i in range(devices))  # microseconds per change of number type
         self.places = tuple(self._places(rng, devices))
@@ -100,23 +110,30 @@ class ClosedForm:
         self.small = rng.randint(1500, 4000)  # drop of the smaller input
         self.recipe = [[900, 900, 900], *([rng.randint(0, 800) for _ in TEMPERATURES] for _ in WEIGHTS[1:])]
         self.space = Space(name=f"closed-form-{size}", genes=tuple(self._genes()))
-        self.baseline = tuple(self._cost(sp.parent(self.space), d)[0] for d in range(devices))
+        self.baseline = tuple(self.cost(sp.parent(self.space), d)[0] for d in range(devices))
         self.budgets = tuple(Budget(profile=profile, speedup=speedup) for profile in self.profiles)
         self.goals: tuple[Goal, ...] = pareto.goals(self.budgets)
         self.limit = Limit(metric="accuracy", floor=self.quality(sp.parent(self.space)) - drop)
-        self.facts = Facts(sites=tuple(self._sites()))
+        self.facts = Facts(
+            sites=tuple(self._sites()),
+            baseline={
+                name: _reading(name, base, base) for name, base in zip(self.profiles, self.baseline, strict=True)
+            },
+        )
+        if probe:
+            self.facts = self.facts.model_copy(update={"probe": tuple(probed(self))})
 
     # --- the problem ------------------------------------------------------------------------------------------------
 
     def quality(self, g: Genotype) -> float:
         """Quality after full training."""
-        return _quality(self._cost(g, 0)[1])
+        return _quality(self.cost(g, 0)[1])
 
     def ratio(self, g: Genotype, device: int = 0) -> float:
         """Latency over the parent's on a device."""
-        return self._cost(g, device)[0] / self.baseline[device]
+        return self.cost(g, device)[0] / self.baseline[device]
 
-    def _cost(self, g: Genotype, device: int) -> tuple[int, int]:
+    def cost(self, g: Genotype, device: int = 0) -> tuple[int, int]:
         """(microseconds, drop in units of 1e-5) of a genotype in canonical form or not."""
         value = dict(zip((gene.name for gene in self.space.genes), sp.canonical(self.space, g), strict=True))
         side = value["side"]
@@ -157,9 +174,10 @@ class ClosedForm:
         g = sp.canonical(self.space, assignment.genotype)
         if self.fail_one_in and any(g) and crc32(repr(g).encode()) % self.fail_one_in == 0:
             raise TrialFailure("this candidate fails by design")
-        costs = [self._cost(g, d) for d in range(len(self.profiles))]
+        costs = [self.cost(g, d) for d in range(len(self.profiles))]
+        luck = Random(f"{self.seed}:{g}")
         readings = {
-            name: _reading(name, cost[0], base)
+            name: _reading(name, max(1, round(cost[0] * (1 + luck.gauss(0, self.noise)))), base)
             for name, cost, base in zip(self.profiles, costs, self.baseline, strict=True)
         }
         sizes = dict.fromkeys(self.profiles, 1.0)
@@ -170,6 +188,7 @@ class ClosedForm:
             fidelity = assignment.rungs[index]
             # Half-trained candidates stand lower, the more heavily cut the lower.
             value = _quality(round(costs[0][1] * (2.0 - fidelity)) + round(2000 * (1.0 - fidelity)))
+            value = min(1.0, max(0.0, value + luck.gauss(0, self.noise))) if self.noise else value
             found = Quality(
                 metric="accuracy",
                 split="selection",
@@ -217,7 +236,10 @@ class ClosedForm:
     def hypervolume(self, trials: list[Trial], device: int = 0) -> float:
         """Hypervolume of what the trials reached, as a share of the true front's; ValueError where that is nothing."""
         goal = self.goals[device]
-        points = [(s.quality, s.latency) for t in trials if (s := pareto.of(t, goal, self.limit)) and s.violation <= 0]
+        told = [
+            t for t in trials if t.state is State.DONE and (s := pareto.of(t, goal, self.limit)) and s.violation <= 0
+        ]
+        points = [(self.quality(t.genotype), self.ratio(t.genotype, device)) for t in told]
         reference = self.reference(device)
         most = pareto.hypervolume(self.front(device), reference)
         if not most:

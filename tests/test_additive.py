@@ -1,0 +1,155 @@
+"""A probe's single choices put together, and the candidates that a knapsack over them expects to be best."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+import pytest
+
+from autocompress import space as sp
+from autocompress.searchers.additive import additive, rows
+from autocompress.searchers.design import bound, device_shares, evenly, first, integers, spread
+from autocompress.searchers.knapsack import Knapsack
+from autocompress.testing import ClosedForm
+from autocompress.types import Facts, Gene, Interval, Probed, Reading, Site, Space
+
+
+def rank(a, b) -> float:
+    return float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
+
+
+@pytest.mark.parametrize("size", [20, 60, 200])
+def test_whole_candidates_are_ranked_by_single_choices(size):
+    problem = ClosedForm(size, devices=2, probe=True, seed=4)
+    model = additive(problem.space, problem.facts)
+    drawn = spread(problem.space, 80, Random(0))
+    expected = model.ratios(rows(problem.space, drawn))
+    for device in (0, 1):
+        assert rank(expected[:, device], [problem.ratio(g, device) for g in drawn]) > 0.93
+    costs = model.costs(rows(problem.space, drawn)).sum(axis=1)
+    assert rank(costs, [-problem.quality(g) for g in drawn]) > 0.6
+    assert model.ratios(rows(problem.space, [sp.parent(problem.space)])) == pytest.approx(1.0)
+
+
+def test_without_a_probe_there_is_no_model():
+    problem = ClosedForm(20)
+    assert additive(problem.space, problem.facts) is None
+    assert first(problem.space, problem.facts, problem.goals, 9, Random(3)) == spread(problem.space, 9, Random(3))
+
+
+def reading(ms: float) -> Reading:
+    exact = Interval(value=ms, low=ms, high=ms)
+    return Reading(
+        profile="d", ms=exact, p95_ms=exact, baseline_ms=exact, ratio=exact.model_copy(update={"value": 1.0}),
+        samples=9, rounds=3,
+    )  # fmt: skip
+
+
+def blocks(count: int, *, tried: bool = True) -> tuple[Space, Facts]:
+    """A network of equal blocks of 1 ms: each can be dropped, its layer pruned (0.4 ms) and made int8 (0.5 ms)."""
+    genes, probe, sites = [], [], []
+    for i in range(count):
+        name = f"stage.{i}"
+        keep = {f"block@{name}": ("keep",)}
+        genes.append(
+            Gene(name=f"block@{name}", kind="policy", choices=("keep", "drop"), site=name, op="block", param="kind")
+        )
+        genes.append(
+            Gene(
+                name=f"prune@{name}", kind="policy", choices=(0.0, 0.5), when=keep, site=f"{name}.conv", op="prune",
+                param="ratio",
+            )
+        )  # fmt: skip
+        genes.append(
+            Gene(
+                name=f"bits@{name}", kind="policy", choices=("float", "int8"), when=keep, site=name, op="quantize",
+                param="bits",
+            )
+        )  # fmt: skip
+        probe.append(Probed(gene=f"block@{name}", choice="drop", kl=0.1, ms={"d": 1.0}, best_ms={"d": 0.5}))
+        probe.append(Probed(gene=f"prune@{name}", choice=0.5, kl=0.05, ms={"d": 0.4}, best_ms={"d": 0.2}))
+        look = {"kl": 0.01, "ms": {"d": 0.3}, "best_ms": {"d": 0.7}} if tried else {"why": "not tried"}
+        probe.append(Probed(gene=f"bits@{name}", choice="int8", **look))
+        depth = i / max(1, count - 1)
+        sites.append(Site(name=name, kind="block", ops=("block",), depth=depth))
+        sites.append(Site(name=f"{name}.conv", kind="conv", ops=("prune", "quantize"), macs=100, depth=depth))
+    space = Space(name="blocks", genes=tuple(genes))
+    return space, Facts(sites=tuple(sites), baseline={"d": reading(float(count))}, probe=tuple(probe))
+
+
+def test_ops_at_one_place_shrink_what_is_left_and_a_dropped_block_leaves_nothing():
+    space, facts = blocks(4)
+    model = additive(space, facts)
+    parent = [0] * 12
+
+    def ratio(**chosen: int) -> float:
+        values = list(parent)
+        for name, value in chosen.items():
+            values[["block", "prune", "bits"].index(name)] = value
+        return float(model.ratios(rows(space, [sp.canonical(space, tuple(values))]))[0, 0])
+
+    pruned, both, dropped = ratio(prune=1), ratio(prune=1, bits=1), ratio(block=1)
+    assert pruned == pytest.approx(1 - 0.97 * 0.4 / 4)
+    assert both > pruned - 0.97 * 0.5 / 4  # not the sum of both gains
+    assert ratio(block=1, prune=1, bits=1) == dropped == pytest.approx(1 - 0.97 / 4)
+    integers_everywhere = [0, 0, 1] * 4
+    whole = float(model.ratios(rows(space, [tuple(integers_everywhere)]))[0, 0])
+    assert whole == pytest.approx(0.03 + 0.97 * 0.5 + model.devices[0].border, abs=0.01)
+
+
+def test_what_the_probe_had_no_time_for_counts_as_its_like():
+    space, facts = blocks(4, tried=False)
+    cut = Probed(gene="prune@stage.3", choice=0.5, why="not tried: the time was up")
+    facts = facts.model_copy(update={"probe": tuple(cut if p.gene == cut.gene else p for p in facts.probe)})
+    model = additive(space, facts)
+    alone = [tuple(int(i == at) for i in range(12)) for at in (1, 10)]
+    found = model.ratios(rows(space, alone))[:, 0]
+    assert found[0] == pytest.approx(found[1])
+    costs = model.costs(rows(space, alone)).sum(axis=1)
+    assert costs[0] == pytest.approx(costs[1])
+    # integers were not tried at all: what dropping gains among them says what they take
+    whole = float(model.ratios(rows(space, [(0, 0, 1) * 4]))[0, 0])
+    assert whole == pytest.approx(0.03 + 0.97 * 0.5, abs=0.01)
+    assert 0 < model.costs(rows(space, [(0, 0, 1) * 4])).sum() < costs[0] * 4
+
+
+def test_the_knapsack_walks_from_nothing_to_everything_and_spaces_its_drops():
+    space, facts = blocks(8)
+    front = Knapsack(additive(space, facts)).front(np.ones(1))
+    assert front[0] == sp.parent(space) or sum(front[0]) < 8
+    ratios = additive(space, facts).ratios(rows(space, front))[:, 0]
+    assert (np.diff(ratios) < 0).all()
+    assert all(front[-1][i] == 1 for i in range(0, 24, 3))  # every block dropped
+
+
+@pytest.mark.parametrize("size", [20, 60, 200])
+def test_the_first_asks_from_a_probe_beat_spread_ones(size):
+    problem = ClosedForm(size, probe=True, seed=7)
+    fed = first(problem.space, problem.facts, problem.goals, 12, Random(0))
+    assert fed[0] == integers(problem.space)
+    assert len(set(fed)) == len(fed) == 12
+    assert all(sp.canonical(problem.space, g) == g for g in fed)
+    blind = spread(problem.space, 12, Random(0))
+    reached = [problem.hypervolume([problem.trial(1, g) for g in gs]) for gs in (fed, blind)]
+    assert reached[0] > reached[1] + 0.05
+
+
+def test_every_goal_gets_its_share_down_to_beyond_its_budget():
+    problem = ClosedForm(60, devices=2, speedup=2.5, probe=True, seed=1)
+    model = additive(problem.space, problem.facts)
+    fed = first(problem.space, problem.facts, problem.goals, 20, Random(0))
+    for goal in problem.goals:
+        assert bound(goal, problem.facts.baseline) == pytest.approx(0.4)
+        expected = model.ratios(rows(problem.space, fed)) @ device_shares(model, goal)
+        assert (expected < 0.2).any()
+        assert ((expected > 0.2) & (expected < 0.6)).sum() >= 3
+
+
+def test_blocks_are_dropped_evenly_too():
+    space, facts = blocks(6)
+    goals = ClosedForm(10).goals
+    half = next(g for g in evenly(space) if sum(g[0::3]) == 3)
+    assert half[0::3] == (0, 1, 0, 1, 0, 1)
+    assert all(half[i + 2] == 1 for i in range(0, 18, 3) if not half[i])  # what is left in integers
+    assert first(space, facts, goals, 6, Random(0))[0] == integers(space)
