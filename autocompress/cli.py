@@ -8,6 +8,7 @@ import platform
 import sys
 import tempfile
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -281,18 +282,34 @@ def verify(
     json: Annotated[bool, typer.Option("--json", help="Everything that was found as JSON.")] = False,
 ) -> None:
     """Check ARTIFACT: hashes, answers, latency, quality and budgets, measured again. Exits with 1 if one fails."""
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    from autocompress.verify import Check
     from autocompress.verify import verify as check_again
 
-    found = check_again(
-        artifact,
-        devices=device or (),
-        baseline=baseline,
-        quality=quality,
-        trust=trust or (),
-        sessions=sessions,
-        as_is=as_is,
-        say=(lambda _: None) if json else typer.echo,
-    )
+    console = Console(emoji=False, highlight=False)
+
+    def say(check: Check) -> None:
+        if console.is_terminal:  # what is long goes on under its beginning
+            style = {"ok": "green", "failed": "red"}.get(check.status, "dim")
+            row = Table.grid(Column(width=8), Column(width=11), Column(ratio=1), expand=True)
+            row.add_row(Text(check.status, style), Text(check.name), Text(check.about))
+            console.print(row)
+        else:
+            typer.echo(check)
+
+    with nullcontext() if json or not console.is_terminal else console.status("checking"):
+        found = check_again(
+            artifact,
+            devices=device or (),
+            baseline=baseline,
+            quality=quality,
+            trust=trust or (),
+            sessions=sessions,
+            as_is=as_is,
+            say=(lambda _: None) if json else say,
+        )
     typer.echo(found.model_dump_json(indent=2) if json else found.verdict)
     if not found.passed:
         raise typer.Exit(1)

@@ -151,8 +151,14 @@ def targets(devices: Iterable[Budget]) -> tuple[tuple[Profile, ...], tuple[Budge
             raise UserError(f"devices: two profiles are called {name!r}")
     for one in profiles:
         check_reach(one)
-    renamed = tuple(b.model_copy(update={"profile": p.name}) for b, p in zip(budgets, profiles, strict=True))
-    return profiles, renamed
+    renamed = (b.model_copy(update={"profile": p.name}) for b, p in zip(budgets, profiles, strict=True))
+    return profiles, tuple(map(within, renamed, profiles))
+
+
+def within(budget: Budget, profile: Profile) -> Budget:
+    """A budget under its profile's own limit of memory: the smaller of the two holds."""
+    stated = [one for one in (budget.memory_mb, profile.memory_mb) if one is not None]
+    return budget.model_copy(update={"memory_mb": min(stated, default=None)})
 
 
 def profiles() -> tuple[str, ...]:

@@ -745,7 +745,10 @@ class _Path:
             return gone
 
     def too_slow(self) -> str:
-        found = ", ".join(f"{name} {reading.ms.value:.3g} ms" for name, reading in self.readings.items())
+        found = ", ".join(
+            f"{name} {reading.ms.value:.3g} ms{f' and {mb:.3g} MB in memory' if (mb := reading.memory_mb) else ''}"
+            for name, reading in self.readings.items()
+        )
         return f"over every budget before training: {found}"
 
     def restore(self, sha: str) -> tuple[Shaped, Training]:

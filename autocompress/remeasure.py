@@ -119,7 +119,7 @@ def remeasure(
     """Measure a search's front on another device and certify the best there.
 
     `budget` maps bounds to values; without one the bounds that the search stated for that profile hold, or the
-    relative ones of its only device. `builder` and `task` are given where the search was given objects. Writes
+    relative ones that all its devices share. `builder` and `task` are given where the search was given objects. Writes
     OUT/devices/NEW/{front.csv, summary.json} and the artifact OUT/best/NEW (OUT/closest/NEW where nothing holds; under
     OUT/devices/NEW where NEW was a device of the search). Raises UserError for what the user can mend, Unreachable for
     a device that does not answer.
@@ -127,7 +127,7 @@ def remeasure(
     out = Path(out)
     run = report.load(out)
     target = resolve_local(profile if isinstance(profile, Profile) else load.profile(profile))
-    asked = _budget(run, target.name, budget or {})
+    asked = load.within(_budget(run, target.name, budget or {}), target)
     given = fill_record(run.job, Job, f"{out / 'journal.jsonl'}, line 1: job") if run.job else None
     if given is None:
         raise UserError(
@@ -169,9 +169,13 @@ def _budget(run: Run, name: str, asked: dict[str, float]) -> Budget:
     if name in stated:
         return stated[name]
     bounds = [budget.model_dump(include=set(RELATIVE), exclude_none=True) for budget in stated.values()]
-    if len(bounds) == 1 and bounds[0]:
+    if bounds and bounds[0] and all(one == bounds[0] for one in bounds):
         return Budget(profile=name, **bounds[0])
-    raise UserError(f"what shall hold on {name}? give at least one of --speedup, --latency-ms, --p95-ms, --size-mb ...")
+    asked_there = "; ".join(f"{other}: {wish(budget)}" for other, budget in stated.items())
+    raise UserError(
+        f"what shall hold on {name}? give one of --speedup, --latency-ms, --p95-ms, --throughput, --size-mb, "
+        f"--memory-mb (the search asked {asked_there})"
+    )
 
 
 def _exporter(out: Path) -> Exporter:

@@ -149,7 +149,7 @@ class Profile(Record):
     types: tuple[str, ...] = ("float32", "int8")  # what it computes with; `float16` and `bfloat16` where they run
     expects: tuple[str, ...] = ()  # flags of the processor, or architecture, or system; `a|b`: either, `!a`: without
     reach: Reach = Reach()
-    memory_mb: Positive | None = None  # what a session may take there at most
+    memory_mb: Positive | None = None  # what a file may take there at most: a bound of every budget there
     fingerprint: str = ""  # short hash of the one device that it was made for; empty: any that fits
     as_is: bool = False  # another device than that one is measured on, too; stands in readings and manifests
     measured: dict[str, float | str] = {}  # what `device add` found there; nothing here is ever assumed

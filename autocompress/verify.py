@@ -45,9 +45,14 @@ class Check(Record):
     says: str
     device: str = ""
 
+    @property
+    def about(self) -> str:
+        """`local-1t: 0.043 ms ...`."""
+        return f"{self.device}: {self.says}" if self.device else self.says
+
     def __str__(self) -> str:
         """`ok      latency    local-1t: 0.043 ms ...`."""
-        return f"{self.status:<8}{self.name:<11}{f'{self.device}: ' if self.device else ''}{self.says}"
+        return f"{self.status:<8}{self.name:<11}{self.about}"
 
 
 class Verified(Record):
@@ -171,7 +176,8 @@ class _Run:
         found: list[_Target] = []
         for asked in devices:
             profile = asked if isinstance(asked, Profile) else self.profile(asked, own)
-            found.append(_Target(resolve_local(profile), self.file(profile), self.budget(profile.name)))
+            budget = load.within(self.budget(profile.name), profile)
+            found.append(_Target(resolve_local(profile), self.file(profile), budget))
         if devices:
             return found
         for budget in manifest.goal.budgets:

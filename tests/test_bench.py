@@ -62,6 +62,13 @@ def test_it_ends_when_nobody_asks_for_long() -> None:
         assert process.wait(30) == 0
 
 
+def test_free_memory_is_what_the_kernel_says(tmp_path: Path) -> None:
+    assert bench.free_mb(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 443452 kB\nMemAvailable:     250000 kB\n")
+    assert bench.free_mb(tmp_path) == 256.0
+
+
 def test_memory_between_timings_leaves_the_cores_alone(tmp_path: Path) -> None:
     path = tmp_path / "small.onnx"
     path.write_bytes(SMALL)

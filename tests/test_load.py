@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from autocompress import load, reader, shelves
 from autocompress.registry import BUILT_IN
-from autocompress.types import Choice, Job, Profile, Site, Space, UserError
+from autocompress.types import Budget, Choice, Job, Profile, Site, Space, UserError
 
 JOB = """\
 task: digits
@@ -380,6 +380,16 @@ def test_targets_name_budgets_after_their_profiles(tmp_path):
     assert budgets[1].latency_ms == 2
     with pytest.raises(UserError, match="two profiles are called 'phone'"):
         load.targets([job.devices[1], job.devices[1]])
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "holds"), [(None, 200, 200), (100, 200, 100), (300, 200, 200), (9, None, 9)]
+)
+def test_a_profiles_memory_bounds_every_budget(tmp_path, asked, there, holds):
+    limit = "" if there is None else f"memory_mb: {there}\n"
+    (tmp_path / "pi.yaml").write_text(f"name: pi\n{limit}")
+    _, (budget,) = load.targets([Budget(profile=str(tmp_path / "pi.yaml"), speedup=2, memory_mb=asked)])
+    assert budget == Budget(profile="pi", speedup=2, memory_mb=holds)
 
 
 def test_a_profile_of_an_unknown_device_is_refused(tmp_path):

@@ -16,7 +16,7 @@ from autocompress.devices import adding, smallnets
 from autocompress.devices.findings import Bench, Finding
 from autocompress.devices.fingerprint import host, identity
 from autocompress.devices.local import LocalDevice
-from autocompress.devices.survey import STEPS, WIDTHS, crossing, step
+from autocompress.devices.survey import STEPS, WIDTHS, _Looking, crossing, step
 from autocompress.types import Interval, Profile, Site, UserError
 from tests import sshd
 
@@ -192,6 +192,23 @@ def call(*arguments: str, home: Path, **environment: str) -> subprocess.Complete
         },
         check=False,
         timeout=120,
+    )
+
+
+@pytest.mark.parametrize(("free", "limit"), [(None, 1000.0), (250.0, 200), (20_000.0, None)])
+def test_a_small_memory_becomes_a_limit(free: float | None, limit: float | None, tmp_path: Path) -> None:
+    """What a board of 512 MB has left; with plenty of it no limit is set, the one of another profile neither."""
+
+    class Small(LocalDevice):
+        def room(self) -> float | None:
+            return free
+
+    like = Profile(name="pi", memory_mb=1000.0)
+    looking = _Looking(Bench(Small(like), tmp_path, ()), like, 1.0, lambda _: None)
+    looking.room()
+    assert looking.found(host()).memory_mb == limit
+    assert [one.text for one in looking.advice] == (
+        ["a file may take 200 MB in memory: 250 MB are free there beside the runtime"] if free == 250 else []
     )
 
 

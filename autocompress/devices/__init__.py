@@ -63,3 +63,12 @@ class TellsMemory(Protocol):
         Keyed by the file's path as given; empty where the target does not tell. Raises as `Device.time`.
         """
         ...
+
+
+@runtime_checkable
+class TellsRoom(Protocol):
+    """A device that can also say how much memory is left there."""
+
+    def room(self) -> float | None:
+        """Megabytes (1e6) that were free beside the timing process when it began; None where that is not told."""
+        ...

@@ -272,6 +272,15 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def free_mb(root: Path = Path("/")) -> float | None:
+    """Megabytes (1e6) that processes may still take by the kernel's own estimate, None where it is not told."""
+    try:
+        rows = (root / "proc/meminfo").read_text().splitlines()
+        return next(int(row.split()[1]) for row in rows if row.startswith("MemAvailable:")) * 1024 / 1e6
+    except (OSError, StopIteration):
+        return None
+
+
 def tell_memory() -> None:
     """In a process of its own: what loading and running a file takes, beyond the runtime."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -449,7 +458,8 @@ def main() -> None:
     def write(answer: dict[str, Any]) -> None:
         answers.write(json.dumps(answer) + "\n")
 
-    write({"onnxruntime": ort.__version__, "providers": ort.get_available_providers(), "affinity": AFFINITY})
+    hello = {"onnxruntime": ort.__version__, "providers": ort.get_available_providers(), "affinity": AFFINITY}
+    write({**hello, "free_mb": free_mb()})
     while True:
         try:
             request = json.loads(lines.get(timeout=setup.get("idle_s")))

@@ -25,6 +25,7 @@ BENCH = Path(__file__).with_name("bench.py")
 
 SLOW_DISK = 1e8  # bytes per second
 WAIT_S = 600.0  # for other measurements on the host to end
+SILENT_S = 60.0  # between two lines that say that another measurement is waited for
 LOG = logging.getLogger(__name__)
 
 
@@ -64,6 +65,10 @@ class LocalDevice:
     def memory(self, models: Sequence[Path]) -> dict[str, float]:
         """See `TellsMemory.memory`."""
         return self._ask({"memory": [str(model) for model in models]}, self.patience, models)["memory_mb"]
+
+    def room(self) -> float | None:
+        """See `TellsRoom.room`."""
+        return (self._child or self._start()).hello.get("free_mb")
 
     def _ask(self, request: dict[str, Any], limit: float, models: Sequence[Path]) -> dict[str, Any]:
         child = self._child or self._start()
@@ -120,6 +125,9 @@ def _size(model: Path) -> int:
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 
+_TOLD: dict[str, float] = {}  # target -> when it was last said that another measurement is waited for there
+
+
 class Child:
     """One running bench.py. Raises TrialFailure from any call once the process is gone.
 
@@ -171,14 +179,14 @@ class Child:
         except BrokenPipeError as error:
             raise self._obituary() from error
         began = time.monotonic()
-        until, told = began + limit, False
+        until = began + limit
         while True:
             answer = self._line(until)
             if "waiting" not in answer:
                 return answer
-            if not told:
+            if time.monotonic() - _TOLD.get(self._where, -SILENT_S) > SILENT_S:
                 LOG.warning("waiting for another measurement%s to end (%s)", self._where, answer["waiting"])
-                told = True
+                _TOLD[self._where] = time.monotonic()
             if time.monotonic() - began > WAIT_S:
                 raise TrialFailure(
                     f"could not measure{self._where}: another measurement still runs after {WAIT_S:.0f} s"

@@ -12,7 +12,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from autocompress.devices.local import WAIT_S, LocalDevice
 from autocompress.types import Profile, Reach, TrialFailure, UserError
 
 TOKEN = 0.001  # of the resource: it says where; that nothing overlaps is for the lock of the host
-KEPT = 4  # files on the node
+KEEP_BYTES = 1 << 30  # of models on the node
 
 
 class _There:
@@ -49,11 +49,15 @@ class _There:
     def lacks(self, places: Sequence[tuple[str, str]]) -> list[int]:
         return [at for at, place in enumerate(places) if not Path(self._folder.name, *place).is_file()]
 
-    def put(self, key: str, files: dict[str, bytes]) -> None:
+    def put(self, key: str, files: dict[str, bytes], wanted: Collection[str]) -> None:
+        """Take a model. The least lately used make room, but none that is `wanted` beside it."""
         root = Path(self._folder.name)
-        old = sorted(root.iterdir(), key=lambda folder: folder.stat().st_mtime)
-        for folder in old[: max(0, len(old) - KEPT + 1)]:
-            shutil.rmtree(folder)
+        taken = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in root.iterdir()}
+        total = sum(taken.values()) + sum(map(len, files.values()))
+        for folder in sorted(taken, key=lambda folder: folder.stat().st_mtime):
+            if total > KEEP_BYTES and folder.name not in wanted:
+                shutil.rmtree(folder)
+                total -= taken[folder]
         try:
             (root / key).mkdir(exist_ok=True)
             for name, data in reversed(files.items()):  # the graph last: it says that all is there
@@ -66,6 +70,9 @@ class _There:
         device, paths = self._made(), self._paths(places)
         cores = plan_cores([self._profile]).station
         return device.time(paths, rounds=rounds, seconds=seconds, cores=cores), list(map(str, paths))
+
+    def room(self) -> float | None:
+        return self._made().room()
 
     def memory(self, places: Sequence[tuple[str, str]]) -> tuple[dict[str, float], list[str]]:
         device, paths = self._made(), self._paths(places)
@@ -131,12 +138,16 @@ class RayDevice:
         here = dict(zip(names, map(str, models), strict=True))
         return {here[name]: value for name, value in found.items()}
 
+    def room(self) -> float | None:
+        """See `TellsRoom.room`."""
+        return self._ask("room")
+
     def _sent(self, models: Sequence[Path]) -> list[tuple[str, str]]:
         """Where the files lie there; those that it lacks are sent."""
         places = [(self._key(model), model.name) for model in models]
         for at in self._ask("lacks", places):
             files = {path.name: path.read_bytes() for path in _parts(models[at])}
-            self._ask("put", places[at][0], files, limit=2 * self.patience)
+            self._ask("put", places[at][0], files, {key for key, _ in places}, limit=2 * self.patience)
         return places
 
     def close(self) -> None:

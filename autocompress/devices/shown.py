@@ -114,15 +114,21 @@ def fact(one: Fact) -> Text:
 def listed(profiles: Iterable[tuple[Profile, Path]]) -> RenderableType:
     """A user's devices: how they are reached, what they are, when they were surveyed."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("name", "reached by", "what", "fingerprint", "surveyed", "in"):
+    for column in ("name", "reached by"):
         table.add_column(column, overflow="fold")
+    table.add_column("what", ratio=1)
+    for column in ("fingerprint", "surveyed"):
+        table.add_column(column, no_wrap=True)
+    folders: dict[str, list[str]] = {}
     for one, path in profiles:
         where = one.reach.ssh or one.reach.adb or one.reach.resource
         way = f"{one.device} {where}".strip()
-        table.add_row(
-            one.name, way, one.about, one.fingerprint or DASH, str(one.measured.get("surveyed", DASH)), _short(path)
-        )
-    return table
+        table.add_row(one.name, way, one.about, one.fingerprint or DASH, str(one.measured.get("surveyed", DASH)))
+        folders.setdefault(_short(path), []).append(one.name)
+    lines = [
+        f"{', '.join(names)} in {folder}" if len(folders) > 1 else f"in {folder}" for folder, names in folders.items()
+    ]
+    return Group(table, Text("\n".join(lines), style="dim"))
 
 
 def _short(path: Path) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from autocompress.devices import Device, smallnets
+from autocompress.devices import Device, TellsRoom, smallnets
 from autocompress.devices.findings import EVEN, About, Advice, Bench, Finding, Middles, Sign, Survey
 from autocompress.devices.fingerprint import identity
 from autocompress.devices.smallnets import INTEGERS, TYPICAL, Kind
@@ -26,6 +26,8 @@ from autocompress.types import Interval, Profile, Record, TrialFailure
 
 SECONDS = 30.0
 WINDOWS = 5  # of a file against itself
+PLENTY_MB = 2000.0  # free memory that no file is likely to fill
+ROOM = 0.8  # share of the free memory that a file may take: others need some, too
 WIDTHS = (16, 24, 28, 32, 40, 44, 48, 52, 56, 60, 62, 63, 64)
 STEPS: dict[int, tuple[tuple[int, int], ...]] = {  # step -> a width between two of its multiples, and the upper one
     2: ((63, 64),),
@@ -108,6 +110,7 @@ class _Looking:
         """All of it, one thing after the other."""
         self.say("clock and noise")
         self.clock()
+        self.room()
         self.noise()
         for name in TYPICAL:
             self.say(f"types: {name}")
@@ -130,6 +133,18 @@ class _Looking:
         step = float(gaps.min()) if len(gaps) else 0.0
         self.measured["clock_ns"] = step
         self.measured["empty_run_us"] = round(float(np.median(times)) * 1e3, 2)
+
+    def room(self) -> None:
+        """What a file may take in memory. Where there is plenty no limit is set: it costs a process per candidate."""
+        device = self.bench.device
+        free = device.room() if isinstance(device, TellsRoom) else None
+        if free is None:
+            return
+        self.measured["free_mb"] = round(free)
+        self.changes["memory_mb"] = limit = round(ROOM * free) or 1 if free < PLENTY_MB else None
+        if limit:
+            said = f"a file may take {limit} MB in memory: {free:.0f} MB are free there beside the runtime"
+            self.tell("setting", said)
 
     def noise(self) -> None:
         """A file against itself, in several windows."""

@@ -51,7 +51,7 @@ def facts(root: Path = Path("/")) -> dict[str, Any]:
         "flags": sorted(flags & FLAGS),
         "cores": os.cpu_count() or 1,
         "physical_cores": physical_cores(root),
-        "memory_gib": round(memory() / 2**30),
+        "memory_gib": round(memory() / 2**30) or round(memory() / 2**30, 1),
         "system": platform.system(),
         "kernel": platform.release(),
         "governor": text(scaling / "scaling_governor"),

@@ -93,6 +93,10 @@ class RemoteDevice:
         answer, names = self._ask("memory", models, {}, self.patience)
         return {names[path]: found for path, found in answer["memory_mb"].items()}
 
+    def room(self) -> float | None:
+        """See `TellsRoom.room`."""
+        return self._ready().hello.get("free_mb")
+
     def close(self) -> None:
         """End the timing process and the connection; the device may be used again."""
         child, self._child = self._child, None
