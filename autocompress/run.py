@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from autocompress import auto, live, onnxfile, pareto, ray_tune, reader, report, spacefile, summary
+from autocompress import auto, live, onnxfile, pareto, ranks, ray_tune, reader, report, spacefile, summary
 from autocompress.artifact import versions
 from autocompress.closing import Closing
 from autocompress.controller import Controller, Header, header, run_serial
@@ -674,6 +674,7 @@ def _inside(store: Store, sha: str) -> list[str]:
     path = store.path(sha)
     if not path.is_file() or path.stat().st_size > 1_000_000:
         return []
+            rungs=[step.agreement for step in ranks.corrections(controller.reached)],
     try:
         return [Checkpoint.model_validate_json(path.read_bytes()).training]
     except ValueError:

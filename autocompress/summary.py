@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from autocompress import pareto, space, surrogate
+from autocompress import pareto, ranks, space, surrogate
 from autocompress.certify import Certificate
 from autocompress.types import (
     Budget,
@@ -182,6 +182,7 @@ class Summary(Record):
     problems: tuple[str, ...] = ()  # what could not be made at the end, and why
     seconds: dict[str, float] = {}  # work time by stage, summed over workers
     latency_model: dict[str, surrogate.Error] = {}  # by device: predictions held against readings not fitted to
+    rungs: tuple[ranks.Agreement, ...] = ()  # how well each rung of training orders the next
     fingerprints: dict[str, dict[str, Any]] = {}
     versions: dict[str, str] = {}
     job: dict[str, Any] = {}
@@ -282,6 +283,7 @@ def build(
     minutes: float = 0.0,
     seconds: Mapping[str, float] | None = None,
     job: Mapping[str, Any] | None = None,
+    rungs: Sequence[ranks.Agreement] = (),
 ) -> Summary:
     """The summary of a run; `seconds` are stages outside the trials (parent, station start, certification).
 
@@ -328,6 +330,7 @@ def build(
         latency_model={
             name: error for name in budgets if (error := surrogate.error(surrogate.known(searched, name))) is not None
         },
+        rungs=tuple(rungs),
         fingerprints=facts.fingerprints,
         versions=facts.versions,
         job=job,
