@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from autocompress import load, reader, shelves
 from autocompress.registry import BUILT_IN
-from autocompress.types import Budget, Choice, Job, Profile, Site, Space, UserError
+from autocompress.space import decode, encode
+from autocompress.types import Budget, Choice, Job, Profile, Rule, Site, Space, UserError
 
 JOB = """\
 task: digits
@@ -240,6 +241,18 @@ def test_rows_spread_over_the_sites_that_a_glob_names_and_that_know_the_op(tmp_p
     assert (gene.site, gene.op, gene.param, gene.choices) == ("body.1", "lowrank", "rank", (1.0, 0.5))
     assert gene.when == {"depth": (2,)}
     assert genes(found)["quantize.bits@head"].when == {}
+
+
+def test_rules_of_every_candidate(tmp_path):
+    body = "policy:\n  - {sites: head, op: quantize, param: bits, choices: [float, int8]}\n"
+    always = "always:\n  - {op: distill, site: '.', settings: {weight: 0.5, kind: both}}\n"
+    found = space(tmp_path, body + always)
+    taught = Rule(site=".", op="distill", settings={"weight": 0.5, "kind": "both"})
+    assert found.always == (taught,)
+    assert [rule.op for rule in decode(found, (1,)).policy.rules] == ["quantize", "distill"]
+    assert encode(found, decode(found, (1,))) == (1,)
+    with pytest.raises(ValueError, match="both speak of quantize at 'head'"):
+        Space(name="x", genes=found.genes, always=(Rule(site="head", op="quantize", settings={"bits": "int8"}),))
 
 
 def test_when_speaks_of_knobs_siblings_other_ops_and_full_names(tmp_path):
