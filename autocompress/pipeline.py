@@ -598,7 +598,8 @@ class _Path:
                 return
             self.time(releases)
             likely = {name: at_best(reading) if reading.noisy else reading for name, reading in self.readings.items()}
-            if over_every_budget(likely, self.evaluator.budgets):
+            # integers weigh what they weigh: training does not make a file smaller
+            if over_every_budget(likely, self.evaluator.budgets, self.facts["size_mb"]):
                 yield State.INFEASIBLE, self.outcome(reason=self.too_slow())
                 return
             trainer = training(self.work, shaped, policy, assignment.seed, self.cycles)
@@ -749,7 +750,10 @@ class _Path:
             f"{name} {reading.ms.value:.3g} ms{f' and {mb:.3g} MB in memory' if (mb := reading.memory_mb) else ''}"
             for name, reading in self.readings.items()
         )
-        return f"over every budget before training: {found}"
+        bounded = any(budget.size_mb is not None for budget in self.evaluator.budgets)
+        sizes = sorted(set(self.facts["size_mb"].values()))
+        weighs = f", {' or '.join(f'{size:.3g}' for size in sizes)} MB" if bounded else ""
+        return f"over every budget before training: {found}{weighs}"
 
     def restore(self, sha: str) -> tuple[Shaped, Training]:
         checkpoint = Checkpoint.model_validate_json(self.files.get(sha))
