@@ -219,6 +219,8 @@ def search(
     address: str | None = None,
     serial: bool = False,
     workers: int | None = None,
+    screen: bool = False,
+    patience: float = 30.0,
     console: Console | None = None,
 ) -> Summary:
     """The whole search in Python, with objects or names for model (a builder), task and space.
@@ -228,8 +230,9 @@ def search(
     `model` may be a network of your own with its trained weights (an nn.Module); `options` and `data` are what a named
     model and task take, `epochs` how long a model without weights is trained first. The space is derived from the
     network (`auto`) and probed for at most `probe` seconds, unless it is the built-in one. Of the `minutes` the share
-    `final` is kept for the last rung, to which the best few alone are trained, one after another on all cores. Budgets,
-    quality and fidelity are the records of a job file or mappings of their fields.
+    `final` is kept for the last rung, to which the best few alone are trained, one after another on all cores.
+    `screen` leaves unmeasured what is predicted to be far over every budget, `patience` is how many minutes to wait for
+    devices that are away. Budgets, quality and fidelity are the records of a job file or mappings of their fields.
     """
     if space is None:
         space = "convnet" if model == "convnet" else auto.NAME
@@ -254,6 +257,8 @@ def search(
             "cost": {"trials": trials, "minutes": minutes, "final": final},
             "probe": probe,
             "workers": workers,
+            "screen": screen,
+            "patience": patience,
         },
         "out": str(out),
     }
