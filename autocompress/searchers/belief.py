@@ -40,7 +40,7 @@ class Coding:
         self.choice = np.arange(self.width) - self.start[self.gene] + 1
         self.group = groups_of(space.genes)
         known = np.zeros(self.width) if effect is None else np.asarray(effect, dtype=float)
-        self.known = known / max(float(np.abs(known).mean()), 1e-12)
+        self.known = known / max(float(np.abs(known).mean()), 1e-12) if known.any() else known
         self.shared = self._shared(facts.sites)
         # A choice that a probe found to do much is the one whose own effect is most uncertain.
         self.own = 0.3 + 0.7 * np.abs(self.known) if known.any() else 0.5 + 0.5 * self._share(facts.sites)[self.gene]
@@ -70,7 +70,7 @@ class Coding:
         at = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         which = np.zeros((self.width, len(at)))
         which[np.arange(self.width), [at[key] for key in keys]] = 1.0
-        crossed = (which[:, :, None] * about[self.gene][:, None, :]).reshape(self.width, -1)
+        crossed = (which[:, :, None] * about[self.gene][:, None, :]).reshape(self.width, len(at) * about.shape[1])
         if not self.known.any():
             return crossed
         per_group = np.zeros((self.width, int(self.group.max(initial=0)) + 1))

@@ -86,11 +86,12 @@ class Beliefs:
 
     def about(self, goal: int, rng: np.random.Generator | None = None, width: float = 1.0) -> Outlook | None:
         """What is expected under a goal, or with `rng` one draw of what may be; None while too little is known."""
-        fits = [self._fit("", goal), *(self._fit(b.profile, 0) for b in self.goals[goal].budgets)]
-        known = [found for found in fits if found is not None]
-        if len(known) < len(fits) or len(fits) < 2:
+        fits = [self._fit(budget.profile, 0) for budget in self.goals[goal].budgets]
+        latencies = [_function(found, rng, width) for found in fits if found is not None]
+        if len(latencies) < len(fits) or not fits:
             return None
-        loss, *latencies = (found.mean() if rng is None else found.draw(rng, width) for found in known)
+        told = self._fit("", goal)
+        loss = few_cuts(self.codings[""]) if told is None else _function(told, rng, width)
         return Outlook(loss, tuple(latencies), self.bounds[goal])
 
     def error(self, profile: str) -> float | None:
@@ -126,6 +127,16 @@ class Beliefs:
             return None if reading is None else math.log(max(reading.ratio.value, 1e-6))
         score = pareto.of(trial, self.goals[goal], self.limit)
         return None if score is None or not math.isfinite(score.quality) else self.lost(score.quality)
+
+
+def _function(found: Fit, rng: np.random.Generator | None, width: float) -> Guess:
+    return found.mean() if rng is None else found.draw(rng, width)
+
+
+def few_cuts(coding: Coding) -> Guess:
+    """Where no quality is known, since all was over budget so far: the fewer cuts the better."""
+    nothing = np.zeros((coding.width, 0))
+    return Guess(0.0, np.full(coding.width, 2.0 / max(1, len(coding.space.genes))), nothing, np.zeros(0), 0.0)
 
 
 def probed(space: Space, facts: Facts) -> dict[str, list[float]]:

@@ -1,85 +1,45 @@
-"""Policy gradient: an agent walks the genes in order and learns from every score (torch; loaded only when asked for).
+"""Policy gradient: an agent walks the genes in order and learns from every trial, told and imagined (numpy, no torch).
 
-At each gene that applies the agent sees what the site is (size, work, kernel, depth), which question is asked there,
-what it chose before (at this site, at the site before, on the whole so far), whose goal it works for and which
-preference between quality and latency it is to follow. A categorical choice is drawn; genes that do not apply are
-skipped. One agent so covers the whole front: the preference is an input (Abels et al. 2019, conditioned networks),
-and every trial teaches under several preferences, not only under its own (hindsight relabelling).
-
-The update is the clipped surrogate of PPO (Schulman et al. 2017) per gene against the probabilities kept in the
-proposal's note, which lets tells come late and in any order. Advantages are ranks among the trials told so far, so no
-reward scale has to be tuned; good trials are also imitated (Oh et al. 2018), since 200 trials are little to learn
-from. The entropy bonus decays with the number of tells.
+One network for all genes and all spaces scores each choice from what is seen there (`walk`); genes that do not apply
+are skipped, choices that leave the budget out of reach are barred. Each walk has a latency to reach, so one agent
+covers the whole front and every goal; a told trial is a good or bad example for any latency that it could have been
+asked for (hindsight, Andrychowicz et al. 2017). The update is PPO's clipped surrogate (Schulman et al. 2017) against
+the probabilities at the time of the walk, with the mean of walks towards the same aim as baseline, and an entropy bonus
+that decays. 200 trials are little to learn from, so most walks are only imagined: their reward is what told trials let
+believe (Sutton 1990, Dyna). What the agent learned does not belong to the network it learned it on: `save` and the
+option `agent` carry it to the next.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from pathlib import Path
 from random import Random
+from zlib import crc32
 
 import numpy as np
-import torch
-from torch import nn
 
-from autocompress import pareto
 from autocompress import space as sp
 from autocompress.pareto import Score
+from autocompress.searchers.agent import Agent
+from autocompress.searchers.belief import Array
 from autocompress.searchers.design import spread
 from autocompress.searchers.fresh import Taken, numbered
-from autocompress.types import Facts, Genotype, Goal, Limit, Proposal, Site, Space, Trial, UserError
+from autocompress.searchers.gradient import Front
+from autocompress.searchers.outlook import Beliefs, Outlook
+from autocompress.searchers.walk import WIDTH, Walker, Walks
+from autocompress.types import Facts, Genotype, Goal, Limit, Proposal, Space, Trial, UserError
 
-SEEN = 5  # numbers that describe what was chosen before a gene
-GOLDEN = 0.6180339887498949  # its multiples modulo 1 spread evenly, however many there are
-
-
-class Agent(nn.Module):
-    """Logits of every gene's choices: a small network on features, plus a table per gene for what is special to it."""
-
-    features: torch.Tensor
-    barred: torch.Tensor
-
-    def __init__(self, features: np.ndarray, sizes: Sequence[int], goals: int, hidden: int, seed: int) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        most = max(sizes, default=1)
-
-        def weights(rows: int, columns: int, scale: float) -> nn.Parameter:
-            return nn.Parameter(torch.randn(rows, columns, generator=generator) * scale / math.sqrt(max(1, rows)))
-
-        self.register_buffer("features", torch.as_tensor(features, dtype=torch.float32))
-        barred = torch.arange(most)[None, :] >= torch.tensor(list(sizes)).reshape(-1, 1)
-        self.register_buffer("barred", torch.where(barred, -1e9, 0.0))
-        self.site = weights(features.shape[1], hidden, 1.0)
-        self.seen = weights(SEEN, hidden, 1.0)
-        self.task = weights(goals + 2, hidden, 1.0)
-        self.out = weights(hidden, most, 0.3)
-        self.table = nn.Parameter(torch.zeros(len(sizes), most))
-        self.slope = nn.Parameter(torch.zeros(len(sizes), most))  # how the table turns with the preference
-
-    def forward(self, seen: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
-        """`seen` (N, genes, SEEN) and `task` (N, goals + 2) to log-probabilities (N, genes, most choices)."""
-        hidden = torch.tanh((self.features @ self.site)[None] + seen @ self.seen + (task @ self.task)[:, None])
-        logits = hidden @ self.out + self.table + self.slope * task[:, None, :1] + self.barred
-        return torch.log_softmax(logits, dim=-1)
-
-
-@dataclass(slots=True)
-class Episode:
-    """One told trial as the agent walked it, or would have."""
-
-    genotype: Genotype
-    scores: tuple[Score | None, ...]  # per goal
-    seen: np.ndarray  # (genes, SEEN)
-    mask: np.ndarray  # (genes,) 1 where the gene applied and had a choice
-    behaviour: np.ndarray  # (genes,) log-probability of the choice when it was made
+MISSED = 6.0  # what missing the aim by a factor of e costs, in allowed losses of quality
+REAL = 12  # told trials in one update
 
 
 class PolicyGradient:
-    """ask/tell. Options: `design` first asks that span the space, `hidden` width, `rate` of learning, `steps` per tell,
-    `entropy` bonus at the start and `decay`, the number of tells after which a third of it is left."""
+    """ask/tell. Options: `agent`, a file or OUT folder of an earlier search to start from; `design` first asks that
+    span the space; `walks` imagined per update, `updates` per ask, `hidden` width, `rate` of learning, `entropy` bonus
+    at the start, `decay`, the number of asks after which a third of it is left, `mask`, and `draw`: how far from the
+    mean of what is believed imagined walks are judged."""
 
     def __init__(
         self,
@@ -89,294 +49,166 @@ class PolicyGradient:
         facts: Facts,
         seed: int,
         *,
-        design: int = 20,
+        agent: str = "",
+        design: int = 8,
+        walks: int = 32,
+        updates: int = 3,
         hidden: int = 32,
-        rate: float = 0.02,
-        steps: int = 2,
-        batch: int = 24,
-        entropy: float = 0.02,
-        decay: float = 120.0,
-        elite: float = 0.1,
-        memory: int = 400,
+        rate: float = 0.01,
+        entropy: float = 0.03,
+        decay: float = 60.0,
+        mask: bool = True,
+        draw: float = 0.2,
     ) -> None:
-        if min(design, hidden, steps, batch, memory) < 1 or rate <= 0 or decay <= 0 or entropy < 0:
-            raise UserError("policy_gradient: design, hidden, steps, batch, memory, rate and decay must be positive")
+        if min(design, walks, updates, hidden) < 1 or rate <= 0 or decay <= 0 or entropy < 0:
+            raise UserError("policy_gradient: design, walks, updates, hidden, rate and decay must be positive")
         self.space, self.goals, self.limit, self.seed = space, tuple(goals), limit, seed
-        self.steps, self.batch, self.entropy, self.decay = steps, batch, entropy, decay
-        self.elite, self.memory = elite, memory
-        self.knobs = sp.knobs(space)
-        self.group, self.same_site = _relations(space)
-        self.agent = Agent(_features(space, facts.sites), [k.size for k in self.knobs], len(self.goals), hidden, seed)
-        self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=rate)
+        self.walks, self.updates, self.rate = walks, updates, rate
+        self.entropy, self.decay, self.mask, self.draw = entropy, decay, mask, draw
+        self.walker = Walker(space, facts)
+        self.agent = Agent(WIDTH, hidden, seed)
+        self.origin = self.agent.load(Path(agent)) if agent else {}
+        self.beliefs = Beliefs(space, goals, limit, facts)
         self.taken = Taken(space)
         self.numbers: set[int] = set()
-        self.episodes: dict[int, Episode] = {}
-        self.told = 0
+        self.asked = 0
         for i, trial in enumerate(facts.warm):
-            self._learn(-1 - i, trial)
+            self.beliefs.tell(-1 - i, trial)
         self.first = spread(space, design, Random(f"{seed}:design"))
 
-    # --- asking -----------------------------------------------------------------------------------------------------
-
     def ask(self, number: int, pending: Sequence[Trial]) -> Proposal | None:
-        """The next of the first designs, then a walk of the agent; None when the space is exhausted."""
+        """The next of the first designs, then the agent's best walk; None when the space is exhausted."""
         self.taken.add(pending)
         self.numbers.update(trial.number for trial in pending)
         rng = numbered(self.seed, number)
         turn = len(self.numbers - {0, number})
         goal = turn % len(self.goals)
-        preference = (turn // len(self.goals) * GOLDEN + 0.5) % 1.0
-        walk = Walk(self, goal, preference)
-        found = self.taken.fresh(lambda: self.first[turn] if turn < len(self.first) else walk.draw(rng), rng, tries=2)
+        note: dict[str, object] = {"goal": self.goals[goal].name}
+        if turn < len(self.first):
+            planned = self.first[turn]
+        else:
+            planned, more = self._walked(goal, number)
+            note |= more
+        found = self.taken.fresh(lambda: planned, rng, tries=1)
         if found is None:
             return None
         self.numbers.add(number)
-        logs = [round(value, 4) for value in walk.logs(found)]
-        note = {"goal": self.goals[goal].name, "preference": preference, "tells": self.told, "log_probability": logs}
-        return Proposal(genotype=found, note=note)
-
-    # --- learning ---------------------------------------------------------------------------------------------------
+        return Proposal(genotype=found, note=note if found == planned else {"goal": self.goals[goal].name})
 
     def tell(self, trial: Trial) -> None:
-        """Learn from a trial; one that failed only leaves the walk it took less likely."""
+        """Learn a trial; the agent itself learns from it when it is asked next."""
         self.taken.add([trial])
         self.numbers.add(trial.number)
-        self._learn(trial.number, trial)
+        self.beliefs.tell(trial.number, trial)
 
-    def _learn(self, number: int, trial: Trial) -> None:
-        self.told += 1
-        genotype = sp.canonical(self.space, trial.genotype)
-        scores = tuple(pareto.of(trial, goal, self.limit) for goal in self.goals)
-        seen, mask = self._replayed(genotype)
-        logs = trial.note.get("log_probability")
-        if not isinstance(logs, list) or len(logs) != len(genotype):
-            logs = Walk(self, 0, 0.5).logs(genotype)  # told without having been asked: as if it were on policy
-        self.episodes.pop(number, None)
-        self.episodes[number] = Episode(genotype, scores, seen, mask, np.asarray(logs, dtype=np.float32))
-        while len(self.episodes) > self.memory:
-            del self.episodes[next(iter(self.episodes))]
-        if len(self.episodes) >= 4:
-            with _one_thread():
-                rng = Random(f"{self.seed}:learn:{self.told}")
-                episodes = list(self.episodes.values())
-                for step in range(self.steps):
-                    self._step((self.told * self.steps + step) % len(self.goals), episodes, rng)
+    def save(self, path: Path) -> None:
+        """Write the agent to a file, for the option `agent` of another search."""
+        self.agent.save(path, {"space": self.space.name, "genes": len(self.space.genes), "trials": self.beliefs.count})
 
-    def _step(self, goal: int, episodes: Sequence[Episode], rng: Random) -> None:
-        """One gradient step for a goal: several preferences, under each the best trials and some others."""
-        standing = Standing([episode.scores[goal] for episode in episodes])
-        chosen: list[int] = []
-        advantages: list[float] = []
-        preferences: list[float] = []
-        each = 6
-        for _ in range(max(1, self.batch // each)):
-            preference = rng.random()
-            order = standing.order(preference)
-            best = max(2, round(self.elite * len(order)))
-            picks = [min(int(rng.random() ** 2 * best), best - 1) for _ in range(each - 2)]
-            picks += [rng.randrange(len(order)) for _ in range(2)]
-            for place in picks:
-                chosen.append(order[place])
-                preferences.append(preference)
-                # +1 for the best, 0 at the edge of the elite, then falling to -1 for the worst.
-                inside = place < best
-                advantages.append(1.0 - place / best if inside else -(place - best) / max(1, len(order) - best))
-        seen = torch.from_numpy(np.stack([episodes[i].seen for i in chosen]))
-        mask = torch.from_numpy(np.stack([episodes[i].mask for i in chosen]))
-        behaviour = torch.from_numpy(np.stack([episodes[i].behaviour for i in chosen]))
-        action = torch.tensor([episodes[i].genotype for i in chosen])
-        advantage = torch.tensor(advantages)[:, None]
-        task = torch.from_numpy(np.stack([self._task(goal, p) for p in preferences]))
-        logs = self.agent(seen, task)
-        taken = logs.gather(-1, action[..., None])[..., 0]
-        ratio = torch.exp(taken - behaviour)
-        clipped = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
-        imitated = advantage.clamp(min=0.0) * taken
-        bonus = -(logs.exp() * logs.clamp(min=-30.0)).sum(-1)
-        beta = self.entropy * math.exp(-self.told / self.decay)
-        loss = -((clipped + imitated + beta * bonus) * mask).sum() / mask.sum().clamp(min=1.0)
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.agent.parameters(), 1.0)
-        self.optimizer.step()
+    # --- one ask ----------------------------------------------------------------------------------------------------
 
-    # --- what the agent sees ----------------------------------------------------------------------------------------
+    def _walked(self, goal: int, number: int) -> tuple[Genotype, dict[str, object]]:
+        """Learn, walk, and take the walk that promises most; a likely one where nothing is believed yet."""
+        self.asked += 1
+        rng = np.random.default_rng(crc32(f"{self.seed}:{number}:walk".encode()))
+        outlook = self.beliefs.about(goal, rng, self.draw)
+        scores = self.beliefs.scores(goal)
+        if outlook is None:
+            return self._chosen(self._imagine(None, [sp.parent(self.space)], np.array([-1.0, 0.0]), rng), None, None)
+        front = Front.of(self.beliefs, scores, outlook)
+        companions, within = self._companions(scores, front)
+        for _ in range(self.updates):
+            self._learn(self._imagine(outlook, companions, within, rng))
+        self._learn_told(outlook, scores, companions, rng)
+        return self._chosen(self._imagine(outlook, companions, within, rng), outlook, front)
 
-    def _task(self, goal: int, preference: float) -> np.ndarray:
-        task = np.zeros(len(self.goals) + 2, dtype=np.float32)
-        task[0] = 2.0 * preference - 1.0
-        task[1 + goal] = 1.0
-        task[-1] = 1.0
-        return task
+    def _companions(self, scores: dict[int, Score], front: Front) -> tuple[list[Genotype], Array]:
+        """Good told genotypes by rising latency, and the range of logarithms of latency to aim at."""
+        order = sorted(scores, key=lambda n: (scores[n].latency, -scores[n].quality))
+        inside = [n for n in order if scores[n].violation <= 0]
+        if inside:
+            best, kept = -math.inf, []
+            for n in inside:
+                if scores[n].quality > best:
+                    best = scores[n].quality
+                    kept.append(n)
+        else:
+            kept = sorted(order, key=lambda n: scores[n].violation)[:4]
+        found = [sp.canonical(self.space, self.beliefs.trials[n].genotype) for n in kept]
+        return found, np.array([front.fastest - 0.15, min(front.widest, 0.0)])
 
-    def _replayed(self, genotype: Genotype) -> tuple[np.ndarray, np.ndarray]:
-        trace = Trace(self)
-        seen = np.zeros((len(genotype), SEEN), dtype=np.float32)
-        mask = np.zeros(len(genotype), dtype=np.float32)
-        for i, (knob, value) in enumerate(zip(self.knobs, genotype, strict=True)):
-            if knob.size > 1 and knob.applies(genotype):
-                seen[i] = trace.seen(i)
-                mask[i] = 1.0
-                trace.chose(i, value)
-        return seen, mask
+    def _imagine(
+        self, outlook: Outlook | None, companions: Sequence[Genotype], within: Array, rng: np.random.Generator
+    ) -> Walks:
+        """Walks in groups of four: same aim, same companion."""
+        groups = max(1, self.walks // 4)
+        places = (np.arange(groups) + rng.random(groups)) / groups
+        aims = np.repeat(within[0] + (within[1] - within[0]) * places, 4)
+        picked = np.clip((places * len(companions) + rng.normal(size=groups)).astype(int), 0, len(companions) - 1)
+        starts = [companions[i] for i in np.repeat(picked, 4)]
+        luck = rng.random((len(starts), len(self.space.genes)))
+        return self.walker.walk(self.agent, outlook, starts, aims, luck=luck, mask=self.mask)
 
+    def _learn(self, walks: Walks) -> None:
+        """One update on imagined walks: each against the mean of its group."""
+        reward = -walks.loss - MISSED * np.maximum(walks.missed, 0.0)
+        reward = reward.reshape(-1, 4)
+        gain = (reward - reward.mean(axis=1, keepdims=True)).ravel()
+        self._update(walks, gain / max(float(gain.std()), 1e-6), walks.logs)
 
-class Trace:
-    """What was chosen so far on a walk, as numbers: levels run from 0 (left alone) to 1 (the last choice)."""
+    def _learn_told(
+        self, outlook: Outlook, scores: dict[int, Score], companions: Sequence[Genotype], rng: np.random.Generator
+    ) -> None:
+        """One update on told trials: each as if it had been asked for a latency, ranked among all for that latency."""
+        numbers = list(scores)
+        if len(numbers) < 4 or not companions:
+            return
+        lost = np.array([self.beliefs.lost(max(scores[n].quality, -1e9)) for n in numbers])
+        slow = np.log([max(scores[n].latency, 1e-6) for n in numbers])
+        picked: list[int] = []
+        gains: list[float] = []
+        aims: list[float] = []
+        for _ in range(REAL // 4):
+            aim = float(slow[rng.integers(len(numbers))])
+            order = np.argsort(lost + MISSED * np.maximum(slow - aim, 0.0) + 0.1 * np.abs(slow - aim))
+            best = max(2, len(order) // 10)
+            places = [int(rng.integers(best)) for _ in range(3)] + [int(rng.integers(len(order)))]
+            picked += [int(order[place]) for place in places]
+            gains += [1.0 - place / best if place < best else -place / len(order) for place in places]
+            aims += [aim] * 4
+        trials = [self.beliefs.trials[numbers[i]] for i in picked]
+        chosen = [sp.canonical(self.space, trial.genotype) for trial in trials]
+        starts = [companions[int(rng.integers(len(companions)))] for _ in chosen]
+        walks = self.walker.walk(self.agent, outlook, starts, np.array(aims), chosen=chosen, mask=False)
+        behaviour = walks.logs.copy()
+        for row, trial in zip(behaviour, trials, strict=True):
+            logs = trial.note.get("log_probability")
+            if isinstance(logs, list) and len(logs) == len(row):
+                row[:] = logs
+        self._update(walks, np.array(gains), behaviour, imitate=0.3)
 
-    def __init__(self, owner: PolicyGradient) -> None:
-        self.owner = owner
-        groups = max(owner.group, default=0) + 1
-        self.levels = [0.0] * len(owner.knobs)
-        self.sums, self.counts, self.last = [0.0] * groups, [0] * groups, [0.0] * groups
-        self.total, self.steps = 0.0, 0
-
-    def seen(self, i: int) -> tuple[float, ...]:
-        """The SEEN numbers before gene `i`, centred about zero."""
-        group = self.owner.group[i]
-        here = self.owner.same_site[i]
-        at_site = sum(self.levels[j] for j in here) / len(here) if here else 0.0
-        count = self.counts[group]
-        mean = self.sums[group] / count if count else 0.5
-        overall = self.total / self.steps if self.steps else 0.5
-        return (
-            2 * self.last[group] - 1 if count else 0.0,
-            2 * mean - 1,
-            2 * at_site - 1,
-            2 * overall - 1,
-            min(count, 1),
+    def _update(self, walks: Walks, gain: Array, behaviour: Array, imitate: float = 0.0) -> None:
+        where = walks.decided
+        self.agent.learn(
+            walks.features[where],
+            walks.barred[where],
+            walks.chosen[where],
+            behaviour[where],
+            np.broadcast_to(gain[:, None], where.shape)[where],
+            rate=self.rate,
+            entropy=self.entropy * math.exp(-self.asked / self.decay),
+            imitate=imitate,
         )
 
-    def chose(self, i: int, value: int) -> None:
-        """Gene `i`, which applied, got this choice."""
-        level = value / (self.owner.knobs[i].size - 1)
-        group = self.owner.group[i]
-        self.levels[i] = self.last[group] = level
-        self.sums[group] += level
-        self.counts[group] += 1
-        self.total += level
-        self.steps += 1
-
-
-class Walk:
-    """The agent's walks for one goal and preference, without torch's overhead per gene."""
-
-    def __init__(self, owner: PolicyGradient, goal: int, preference: float) -> None:
-        agent = owner.agent
-        task = owner._task(goal, preference)
-        self.owner = owner
-        with torch.inference_mode(), _one_thread():
-            base = agent.features @ agent.site + torch.from_numpy(task) @ agent.task
-            table = agent.table + agent.slope * float(task[0]) + agent.barred
-        self.base, self.table = base.numpy(), table.numpy()
-        self.seen, self.out = agent.seen.detach().numpy(), agent.out.detach().numpy()
-
-    def probabilities(self, i: int, seen: tuple[float, ...]) -> np.ndarray:
-        """Of gene `i`'s choices."""
-        logits = np.tanh(self.base[i] + np.asarray(seen, dtype=np.float32) @ self.seen) @ self.out + self.table[i]
-        odds = np.exp(logits - logits.max())
-        return odds / odds.sum()
-
-    def draw(self, rng: Random) -> Genotype:
-        """A canonical genotype, gene by gene."""
-        trace = Trace(self.owner)
-        values: list[int] = []
-        for i, knob in enumerate(self.owner.knobs):
-            choice = 0
-            if knob.size > 1 and knob.applies(values):
-                odds = self.probabilities(i, trace.seen(i))
-                choice = min(int(np.searchsorted(np.cumsum(odds), rng.random())), knob.size - 1)
-                trace.chose(i, choice)
-            values.append(choice)
-        return tuple(values)
-
-    def logs(self, genotype: Genotype) -> list[float]:
-        """Log-probability of each choice of a genotype, 0 where there was none."""
-        trace = Trace(self.owner)
-        found: list[float] = []
-        for i, (knob, value) in enumerate(zip(self.owner.knobs, genotype, strict=True)):
-            if knob.size > 1 and knob.applies(genotype):
-                found.append(math.log(max(float(self.probabilities(i, trace.seen(i))[value]), 1e-6)))
-                trace.chose(i, value)
-            else:
-                found.append(0.0)
-        return found
-
-
-class Standing:
-    """What was scored for one goal so far, ready to be ranked under any preference."""
-
-    def __init__(self, scores: Sequence[Score | None]) -> None:
-        missing = Score(-math.inf, math.inf, math.inf)
-        rows = [(s.quality, s.latency, s.violation) for s in (score or missing for score in scores)]
-        quality, latency, self.violation = np.asarray(rows, dtype=float).reshape(-1, 3).T
-        inside = self.violation <= 0
-        self.lost, self.slow = np.zeros(len(rows)), np.zeros(len(rows))
-        if inside.any():
-            top, fast = quality[inside].max(), latency[inside].min()
-            wide, long = top - quality[inside].min(), latency[inside].max() - fast
-            self.lost[inside] = (top - quality[inside]) / max(wide, 1e-9)
-            self.slow[inside] = (latency[inside] - fast) / max(long, 1e-9)
-
-    def order(self, preference: float) -> list[int]:
-        """Indices from best to worst: feasible ones by augmented Chebyshev distance to the best seen of each objective,
-        weighted by the preference (1 = quality alone), then by violation; those never measured last."""
-        lost, slow = preference * self.lost, (1.0 - preference) * self.slow
-        return np.lexsort((np.maximum(lost, slow) + 0.05 * (lost + slow), self.violation)).tolist()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch on one thread: these matrices are small, and the other cores belong to trainers and the station."""
-    before = torch.get_num_threads()
-    if before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _relations(space: Space) -> tuple[list[int], list[list[int]]]:
-    """Per gene: the number of its group (one per op and setting, one per kind of architecture knob), and the earlier
-    genes of its site."""
-    ids: dict[tuple[str, str], int] = {}
-    group: list[int] = []
-    same: list[list[int]] = []
-    for i, gene in enumerate(space.genes):
-        # "stage2.kernel" asks the same question as "stage0.kernel".
-        key = ("", gene.name.rsplit(".", 1)[-1]) if gene.kind == "arch" else (gene.op, gene.param)
-        group.append(ids.setdefault(key, len(ids)))
-        same.append([j for j in range(i) if gene.site and space.genes[j].site == gene.site])
-    return group, same
-
-
-def _features(space: Space, sites: Sequence[Site]) -> np.ndarray:
-    """(genes, features): what the site is like, and which question is asked there."""
-    known = {site.name: site for site in sites}
-    group, _ = _relations(space)
-    rows: list[list[float]] = []
-    count = len(space.genes)
-    for i, gene in enumerate(space.genes):
-        site = known.get(gene.site)
-        about = (
-            [
-                math.log1p(site.parameters) / 12,
-                math.log1p(site.macs) / 16,
-                site.kernel / 5,
-                math.log1p(site.in_channels) / 6,
-                math.log1p(site.out_channels) / 6,
-                2 * site.depth - 1,
-                float(site.kind == "depthwise"),
-            ]
-            if site
-            else [0.0, 0.0, 0.0, 0.0, 0.0, 2 * i / max(1, count - 1) - 1, 0.0]
-        )
-        rows.append([1.0, float(site is not None), len(gene.choices) / 4, *about])
-    table = np.asarray(rows, dtype=np.float32).reshape(count, 10)
-    kinds = np.eye(max(group, default=0) + 1, dtype=np.float32)[np.asarray(group, dtype=int)].reshape(count, -1)
-    # Each question sees the site's features with weights of its own as well.
-    crossed = (kinds[:, :, None] * table[:, None, 3:]).reshape(count, -1)
-    return np.concatenate([table, kinds, crossed], axis=1)
+    def _chosen(self, walks: Walks, outlook: Outlook | None, front: Front | None) -> tuple[Genotype, dict[str, object]]:
+        """The walk not yet taken that is believed to add most."""
+        found = walks.genotypes()
+        if outlook is None or front is None:
+            order = list(range(len(found)))
+        else:
+            over = np.maximum(walks.missed, 0.0)
+            rows = self.beliefs.codings[""].rows(found)
+            promise = np.where(outlook.excess(rows) > 0, 0.0, front.gains(walks.loss, walks.latency))
+            order = [int(i) for i in np.lexsort((walks.loss + over, -promise))]
+        best = next((i for i in order if found[i] not in self.taken.genotypes), order[0])
+        return found[best], {"log_probability": [round(float(value), 4) for value in walks.logs[best]]}
