@@ -107,6 +107,7 @@ def pool(readings: Sequence[Reading]) -> Reading:
         batch=first.batch,
         load_ms=max(reading.load_ms for reading in readings),
         memory_mb=max((one for reading in readings if (one := reading.memory_mb) is not None), default=None),
+        as_is=any(reading.as_is for reading in readings),
         energy_mj=mean(energies) if (energies := [e for r in readings if (e := r.energy_mj) is not None]) else None,
         drift=max((reading.drift for reading in readings), key=abs),
     )

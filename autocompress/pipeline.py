@@ -25,7 +25,6 @@ from torch import nn
 from autocompress import export as exporting
 from autocompress import memory
 from autocompress.devices import AllAway, Unreachable, host_of
-from autocompress.devices.amounts import amounts
 from autocompress.distill import Distillation
 from autocompress.models import Builder
 from autocompress.models.trace import examples, thop_count
@@ -111,6 +110,14 @@ class Measure(Protocol):
 
     def __call__(self, profile_name: str, model: bytes, key: str, *, again: bool = True) -> Reading:
         """Latency of an ONNX file; `key` is its weight-free graph hash, `again` whether a noisy reading is repeated."""
+        ...
+
+
+class Weigh(Protocol):
+    """A station, near or far."""
+
+    def __call__(self, profile_name: str, model: bytes, key: str) -> dict[str, float]:
+        """What a latency model is told of an ONNX file: see `station.Station.kernels`."""
         ...
 
 
@@ -524,11 +531,21 @@ class Evaluator:
     """Evaluates assignments one after another; lives in a worker process."""
 
     def __init__(
-        self, work: Work, budgets: Sequence[Budget], files: Files, measure: Measure, *, patience: float = 900.0
+        self,
+        work: Work,
+        budgets: Sequence[Budget],
+        files: Files,
+        measure: Measure,
+        weigh: Weigh | None = None,
+        *,
+        patience: float = 900.0,
     ) -> None:
-        """`patience`: seconds to wait while no device at all can be reached. `measure` may be called by threads."""
+        """`patience`: seconds to wait while no device at all can be reached. `measure` may be called by threads.
+
+        With `weigh` outcomes hold what latency can be predicted from.
+        """
         self.work, self.budgets, self.files, self.measure = work, tuple(budgets), files, measure
-        self.patience = patience
+        self.weigh, self.patience = weigh, patience
 
     def evaluate(self, assignment: Assignment) -> Iterator[tuple[State, Outcome]]:
         """Yield (RUNG, outcome) after each rung but the last, then the end; closing the generator stops the trial.
@@ -569,6 +586,7 @@ class _Path:
         try:
             with self.work.gate.working() if working else nullcontext():
                 yield
+        self.weighed: dict[str, str] = {}  # profile -> key of the file that its amounts are of
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
@@ -593,7 +611,7 @@ class _Path:
                 plain = shaped.settle(self.work)
                 releases = release(self.work, plain.module, policy, first_look=True)
             self.sizes(releases)
-            if hopeless(assignment.screen, self.facts["amounts"]):
+            if hopeless(assignment.screen, self.facts.get("amounts", {})):
                 yield State.INFEASIBLE, self.outcome(reason=self.predicted_slow())
                 return
             self.time(releases)
@@ -677,10 +695,27 @@ class _Path:
         return f"predicted to be far over every budget, so not measured: {said}"
 
     def sizes(self, releases: Mapping[str, Release]) -> None:
-        """What the files weigh, and what work they are: latency is predicted from it."""
+        """What the files weigh, and what latency is predicted from where that is wanted."""
         self.facts["size_mb"] = {p.name: releases[p.numeric.variant].size_mb for p in self.work.profiles}
-        of = {variant: amounts(release_.model) for variant, release_ in releases.items()}
-        self.facts["amounts"] = {p.name: of[p.numeric.variant] for p in self.work.profiles}
+        if self.evaluator.weigh is not None:
+            with self.stage("kernels", working=False):
+                for profile in self.work.profiles:
+                    self.weigh(self.evaluator.weigh, profile.name, releases[profile.numeric.variant])
+
+    def weigh(self, weigh: Weigh, profile: str, item: Release) -> None:
+        """What latency is predicted from, unless that is known of the same graph."""
+        if self.weighed.get(profile) == item.key:
+            return
+        amounts = {name: one for name, one in self.facts.get("amounts", {}).items() if name != profile}
+        try:
+            amounts[profile] = weigh(profile, item.model, item.key)
+            self.weighed[profile] = item.key
+        except Unreachable:
+            pass  # measuring says so, and asks again
+        except TrialFailure as failure:
+            self.weighed[profile] = item.key
+            self.facts["notes"] = (*self.facts["notes"], f"{profile}: no latency is predicted: {failure}")
+        self.facts["amounts"] = amounts
 
     def time(self, releases: Mapping[str, Release], *, final: bool = False) -> None:
         """Measure what has no firm reading for its graph yet, on different hosts at the same time.

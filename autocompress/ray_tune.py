@@ -174,6 +174,10 @@ class RemoteStation(Remote):
         """Latency of an ONNX file, given as bytes, on a profile's device."""
         return self.call("measure", profile_name, model, *([key] if key else []), **named)
 
+    def kernels(self, profile_name: str, model: bytes, key: str = "") -> dict[str, float]:
+        """What a file is told to a latency model by: see `station.Station.kernels`."""
+        return self.call("kernels", profile_name, model, *([key] if key else []))
+
     def away(self) -> dict[str, str]:
         """Profiles whose device does not answer, and why. Raises RayError where the station itself does not."""
         actor = ray.get_actor(self.name, self.namespace)
@@ -191,6 +195,10 @@ class RemoteStations:
     def measure(self, profile_name: str, model: bytes, key: str = "", **named: Any) -> Reading:
         """Latency of an ONNX file, given as bytes, on a profile's device."""
         return self._stations[profile_name].measure(profile_name, model, key, **named)
+
+    def kernels(self, profile_name: str, model: bytes, key: str = "") -> dict[str, float]:
+        """See `station.Station.kernels`."""
+        return self._stations[profile_name].kernels(profile_name, model, key)
 
     def away(self) -> dict[str, str]:
         """Profiles whose device does not answer, and why."""

@@ -40,7 +40,18 @@ from autocompress.parent import (
     strangers,
 )
 from autocompress.parts import Parts, make_ops, make_searcher, parts
-from autocompress.pipeline import Checkpoint, Evaluator, Files, Measure, OpenGate, Work, frozen, load_weights, missed
+from autocompress.pipeline import (
+    Checkpoint,
+    Evaluator,
+    Files,
+    Measure,
+    OpenGate,
+    Weigh,
+    Work,
+    frozen,
+    load_weights,
+    missed,
+)
 from autocompress.pipeline import Gate as WorkGate
 from autocompress.probe import probe as try_choices
 from autocompress.store import Store, make_folder, write_atomic
@@ -85,14 +96,15 @@ class MakeEvaluator:
     exporter: Exporter = "torchscript"  # one per run: the two give different graphs and names
     threads: int = 1
 
-    def __call__(self, files: Files, measure: Measure) -> Evaluator:
+    def __call__(self, files: Files, measure: Measure, weigh: Weigh) -> Evaluator:
         """Called once per worker process."""
         torch.set_num_threads(self.threads)
         parent = load_weights(self.parts.builder.build({}), files.get(self.parent))
         gate: WorkGate = Gate() if self.quiet else OpenGate()
         work = make_work(self.parts, parent, gate, bf16=self.bf16, exporter=self.exporter)
-        patience = self.parts.job.search.patience * 60
-        return Evaluator(work, self.parts.budgets, files, measure, patience=patience)
+        search = self.parts.job.search
+        weighs = weigh if search.screen else None  # it holds the station for some 10 ms per kernel that is new
+        return Evaluator(work, self.parts.budgets, files, measure, weighs, patience=search.patience * 60)
 
 
 def make_work(
@@ -488,7 +500,7 @@ class _Run:
                 controller,
                 later,
                 hear,
-                lambda: run_serial(controller, make(store, mine.measure), hear, keep=store.put),
+                lambda: run_serial(controller, make(store, mine.measure, mine.kernels), hear, keep=store.put),
             )
             return
         mine.close()  # its timing processes are started again when finalists are measured
@@ -500,7 +512,7 @@ class _Run:
             self.live.stage("")
             later = Later(controller, far, store, self.parts.budgets, self.live.note)
             hear = self.hear(controller, later)
-            evaluator = functools.partial(make, session.files, far.measure)
+            evaluator = functools.partial(make, session.files, far.measure, far.kernels)
             self.rounds(controller, later, hear, lambda: session.run(controller, evaluator, hear))
             if controller.stopped:
                 self.live.stage("stopping: what is in flight runs again on resume; writing what was found")
@@ -508,7 +520,7 @@ class _Run:
     def close(self, controller: Controller, store: Store, make: MakeEvaluator, mine: Station) -> None:
         """Train the best few further, in this process and with all cores that trainers have."""
         threads = len(mine.plan.trainers) or os.cpu_count() or 1
-        evaluator = replace(make, threads=threads)(store, mine.measure)
+        evaluator = replace(make, threads=threads)(store, mine.measure, mine.kernels)
 
         def run() -> None:
             self.live.stage("")
@@ -613,6 +625,7 @@ class _Run:
             minutes=controller.elapsed / 60,
             seconds={name: round(value, 3) for name, value in self.seconds.items() if name != "search"},
             job=self.parts.job.model_dump(mode="json"),
+            rungs=[step.agreement for step in ranks.corrections(controller.reached)],
         )
         table = summary.front_csv(self.parts.space, self.parts.goals, baseline.limit, baseline.facts, trials)
         summary.write(self.out, found_, table)
@@ -679,7 +692,6 @@ def _inside(store: Store, sha: str) -> list[str]:
     path = store.path(sha)
     if not path.is_file() or path.stat().st_size > 1_000_000:
         return []
-            rungs=[step.agreement for step in ranks.corrections(controller.reached)],
     try:
         return [Checkpoint.model_validate_json(path.read_bytes()).training]
     except ValueError:

@@ -1,14 +1,13 @@
-"""How long a file would take on a device, predicted from those that were measured there (floor F1).
+"""How long a file would take on a device, predicted from its kernels and the files that were measured (floor F1).
 
-It steers, it is never a result. A file is an amount of work of some kinds (multiply-adds of integer convolutions,
-numbers that cross a border between types ...); what a unit of each kind takes is fitted to the readings, no unit less
-than nothing. Relative errors count, and a reading far off counts little (Huber's weights). Intervals are those of
+It steers, it is never a result. What a file's kernels take alone is known (`devices/kerneltable.py`). What the
+time of each operation makes in a whole file, beside its neighbours and with colder caches, is fitted to the readings:
+one factor for all operations, from which each departs as far as the readings ask for, and something per
+kernel and per run. Relative errors count, and a reading far off counts little (Huber's weights). Intervals are those of
 errors on files that a fit had not seen (V. Vovk, Cross-conformal predictors, Annals of Mathematics and Artificial
 Intelligence 74, 2015).
 
 The solver is scipy's, which is what scikit-learn's LinearRegression(positive=True) calls: importing that takes 1.5 s.
-A table of deviations by exact shape on top, shrunken or as a Gaussian process, gained nothing over this on 112 readings
-of ResNet-56 and of MobileNetV3-small: 58 and 63 % within a tenth without, 54 to 62 and 63 to 66 % with.
 """
 
 from __future__ import annotations
@@ -24,11 +23,13 @@ from scipy.optimize import nnls
 from autocompress.types import Budget, LatencyModel, Reading, Record, Screen, Trial
 
 Amounts = Mapping[str, float]
-"""Kind of work -> how much of it one run is."""
+"""Operation -> what its kernels in one run take, each alone; and how many kernels there are (KERNELS)."""
+
+KERNELS = "kernels"
 
 FEWEST = 24  # readings without which nothing is predicted
 FOLDS = 10
-SHRINK = 0.1  # weight of the penalty that decides between kinds of work that always come together
+DEPARTS, SMALL = 0.1, 0.02  # weight of an operation's departure from the others, and of what kernels and runs take
 ROUNDS = 6  # of weighting anew
 COVERED = 0.95
 TENTH = 0.1
@@ -57,24 +58,21 @@ def fit(measured: Sequence[Known]) -> LatencyModel | None:
     """A model with calibrated intervals; None for too few readings. Equal input gives an equal model."""
     if len(measured) < FEWEST:
         return None
-    kinds, amounts, ratios = _table(measured)
-    units, always = _units(amounts, ratios)
-    held = np.abs(np.log(held_out(measured) / ratios))
+    model = _solved(measured)
+    held = np.abs(np.log(held_out(measured) / np.array([one.ratio for one in measured])))
     # the smallest error that the wanted share of further files stays below, for any distribution of errors
     place = min(math.ceil(COVERED * (len(held) + 1)), len(held)) - 1
-    factor = float(np.exp(np.sort(held)[place]))
-    return LatencyModel(units=dict(zip(kinds, map(float, units), strict=True)), always=float(always), factor=factor)
+    return model.model_copy(update={"factor": float(np.exp(np.sort(held)[place]))})
 
 
 def held_out(measured: Sequence[Known]) -> NDArray[np.float64]:
     """For every file the prediction of a fit to the others' folds."""
-    _, amounts, ratios = _table(measured)
     found = np.zeros(len(measured))
     folds = np.random.default_rng(0).permutation(len(measured)) % FOLDS
     for fold in range(FOLDS):
-        test = folds == fold
-        units, always = _units(amounts[~test], ratios[~test])
-        found[test] = amounts[test] @ units + always
+        model = _solved([one for one, at in zip(measured, folds, strict=True) if at != fold])
+        for place in map(int, np.flatnonzero(folds == fold)):
+            found[place] = model.ratio(measured[place].amounts)
     return np.maximum(found, 1e-6)
 
 
@@ -96,29 +94,26 @@ def judged(predicted: Sequence[float] | NDArray[np.float64], ratios: Sequence[fl
     )
 
 
-def _table(measured: Sequence[Known]) -> tuple[list[str], NDArray[np.float64], NDArray[np.float64]]:
-    """Kinds of work that some file has, amounts (files, kinds), ratios."""
-    kinds = sorted({kind for one in measured for kind, amount in one.amounts.items() if amount > 0})
-    amounts = np.array([[one.amounts.get(kind, 0.0) for kind in kinds] for one in measured], dtype=np.float64)
-    return (
-        kinds,
-        amounts.reshape(len(measured), len(kinds)),
-        np.array([one.ratio for one in measured], dtype=np.float64),
-    )
-
-
-def _units(amounts: NDArray[np.float64], ratios: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
-    """What a unit of each kind takes, and what every run takes: least squares of relative errors, none below zero."""
-    most = np.maximum(amounts.max(axis=0), 1e-12)
-    rows = np.c_[amounts / most, np.ones(len(ratios))] / ratios[:, None]
-    penalty = SHRINK * np.eye(rows.shape[1])
+def _solved(measured: Sequence[Known]) -> LatencyModel:
+    """Least squares of relative errors, no unit below zero. An operation that no file has takes what is usual."""
+    names = sorted({name for one in measured for name, amount in one.amounts.items() if amount > 0 and name != KERNELS})
+    ratios = np.array([one.ratio for one in measured], dtype=np.float64)
+    amounts = np.array([[one.amounts.get(name, 0.0) for name in [*names, KERNELS]] for one in measured]) + 1e-12
+    # columns: operations, kernels, runs, and the factor for all operations, which is in no reading but in the penalty
+    usual = 1 / np.median(amounts[:, :-1].sum(axis=1) / ratios)
+    scale = np.r_[np.full(len(names), usual), np.median(ratios / amounts[:, -1])]
+    always = float(np.median(ratios))
+    rows = np.c_[amounts * scale, np.full(len(ratios), always), np.zeros(len(ratios))] / ratios[:, None]
+    penalty = np.diag([*[DEPARTS] * len(names), SMALL, SMALL])
+    penalty = np.c_[penalty, [*[-DEPARTS] * len(names), 0.0, 0.0]]
     trust, found = np.ones(len(ratios)), np.zeros(rows.shape[1])
     for _ in range(ROUNDS):
         found, _ = nnls(np.r_[rows * trust[:, None], penalty], np.r_[trust, np.zeros(len(penalty))])
         off = np.abs(rows @ found - 1.0)
-        usual = max(1.48 * float(np.median(off)), 0.01)
-        trust = np.sqrt(np.minimum(1.0, 1.5 * usual / np.maximum(off, 1e-9)))
-    return found[:-1] / most, float(found[-1])
+        typical = max(1.48 * float(np.median(off)), 0.01)
+        trust = np.sqrt(np.minimum(1.0, 1.5 * typical / np.maximum(off, 1e-9)))
+    units = dict(zip([*names, KERNELS], map(float, found[:-2] * scale), strict=True))
+    return LatencyModel(units=units, usual=float(found[-1] * usual), always=float(found[-2] * always), factor=1.0)
 
 
 # --- of trials ------------------------------------------------------------------------------------------------------

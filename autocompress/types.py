@@ -279,7 +279,7 @@ class Outcome(Record):
     size_mb: dict[str, float] = {}  # file size per profile, 1 MB = 1e6 bytes
     macs: int = 0
     parameters: int = 0
-    amounts: dict[str, dict[str, float]] = {}  # per profile: work of the file by kind, what latency is predicted from
+    amounts: dict[str, dict[str, float]] = {}  # per profile: what its kernels take alone, by operation
     seconds: dict[str, float] = {}  # where the time went, by stage
     reason: str = ""  # why it failed or was infeasible, one line
     notes: tuple[str, ...] = ()  # e.g. "lowrank stages.0.0.conv1: skipped, factors cost more than the layer"
@@ -306,21 +306,20 @@ class Trial(Record):
 
 
 class LatencyModel(Record):
-    """Ratio to the baseline by kind of work, and the factor by which the truth lies beside it in 95 of 100 cases."""
+    """Ratio to the baseline by kernels, and the factor by which the truth lies beside it in 95 of 100 cases."""
 
-    units: dict[str, float]  # per amount of each kind
+    units: dict[str, float]  # of what an operation's kernels take alone, and of one kernel
+    usual: float  # of what any other operation's take
     always: float  # what every run takes
     factor: float
 
     def ratio(self, amounts: Mapping[str, float]) -> float:
-        """Predicted; work of a kind that no reading had counts nothing."""
-        return self.always + sum(self.units.get(kind, 0.0) * amount for kind, amount in amounts.items())
+        """Predicted."""
+        return self.always + sum(self.units.get(kind, self.usual) * amount for kind, amount in amounts.items())
 
     def at_least(self, amounts: Mapping[str, float]) -> float | None:
-        """The lower end of the interval; None for a file with work of a kind that no reading had."""
-        if any(amount > 0 and kind not in self.units for kind, amount in amounts.items()):
-            return None
-        return self.ratio(amounts) / self.factor
+        """The lower end of the interval; None for a file whose kernels are not known."""
+        return self.ratio(amounts) / self.factor if amounts else None
 
 
 class Screen(Record):

@@ -396,6 +396,8 @@ class _Run:
             parts.append(f"{was}, {old.speedup:.2f}x" if self.baseline else was)
         if abs(reading.drift) > DRIFT:
             parts.append(f"times drifted by {reading.drift:+.1%} in a session")
+        if reading.as_is:
+            parts.append("on another device than the profile was made for")
         if reading.noisy:
             parts.append("all sessions noisy: not to be relied on")
         return "; ".join(parts)

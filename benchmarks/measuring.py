@@ -13,7 +13,8 @@ readings of `--quiet-seconds`, without trainers, each the median of fresh proces
 whose true ratios differ by 5 % or more, those that a reading under load ranks rightly. `station_s_per_candidate`: mean
 seconds that a candidate of 0.7 to 1.4 ms holds the station. `exposed_ms`, `alone_ms`: a file read beside trainers on
 all cores without a core of its own, and the same file by the station. `within10_pct`, `rank_corr`: the latency model
-on held-out files after 150 readings, the worse of two networks, for which `--fit` files of each are measured.
+on held-out files after 150 readings, the worse of two networks, for which `--fit` files of each are measured;
+`kernels_s`: mean seconds of the station for the kernels of a file, of which most are known from others.
 
 Stop it at any time: the same command goes on from the readings in `--state`, and figures are written as they come.
 """
@@ -39,7 +40,6 @@ from rich.table import Table
 from subjects import ResNet, Subject, file, genotypes, subject
 
 from autocompress import load, surrogate
-from autocompress.devices.amounts import amounts
 from autocompress.devices.cores import CorePlan, keep_to, plan_cores
 from autocompress.devices.fingerprint import resolve_local
 from autocompress.devices.local import LocalDevice
@@ -140,10 +140,22 @@ class Lab:
 
     def readings(self, phase: str, name: str, count: int) -> None:
         """Measure the files of a network that have no reading of this phase."""
+        list(self.take(name, 1))  # its baseline
         with self.station(name, phase) as station:
             for place, model, key in self.take(name, count):
                 if (phase, name, place) not in self.log.known:
                     self._one(station, phase, name, place, model, key)
+
+    def kernels(self, name: str) -> None:
+        """Time the kernels of the files of a network that the latency model is held against."""
+        list(self.take(name, 1))
+        read = [place for (of, place), one in readings(self.log, "fit").items() if of == name and not one.noisy]
+        with self.station(name, "kernels") as station:
+            for place, model, key in self.take(name, POOL, known=read):
+                if ("kernels", name, place) not in self.log.known:
+                    began = time.perf_counter()
+                    amounts = station.kernels(PROFILE, model, key)
+                    self.log.add("kernels", name, place, amounts=amounts, seconds=time.perf_counter() - began)
 
     def _one(self, station: Station, phase: str, name: str, place: int, model: bytes, key: str) -> None:
         try:
@@ -269,20 +281,19 @@ def order(log: Log) -> dict[str, float]:
     return {"order_pct": 100 * right / pairs, "order_pairs": float(pairs)} if pairs else {}
 
 
-def modelled(lab: Lab) -> dict[str, float]:
+def modelled(log: Log) -> dict[str, float]:
     """The latency model by ten-fold cross-validation on firm readings, each network with a model of its own."""
     errors: dict[str, surrogate.Error] = {}
+    read, weighed = readings(log, "fit"), log.of("kernels")
     for name in MODELLED:
-        read = {place: one for (of, place), one in readings(lab.log, "fit").items() if of == name and not one.noisy}
-        if len(read) < surrogate.FEWEST:
-            continue
-        files = {place: amounts(model) for place, model, _ in lab.take(name, POOL, known=read)}
-        known = [surrogate.Known(files[place], one.ratio.value) for place, one in read.items() if place in files]
+        both = [key for key, one in read.items() if key[0] == name and key in weighed and not one.noisy]
+        known = [surrogate.Known(weighed[key]["amounts"], read[key].ratio.value) for key in both]
         if (error := surrogate.error(known[:FITTED])) is not None:
             errors[name] = error
     if not errors:
         return {}
-    found = {f"{name}_{key}": value for name, error in errors.items() for key, value in error.model_dump().items()}
+    found = {"kernels_s": statistics.fmean(one["seconds"] for one in weighed.values())}
+    found |= {f"{name}_{key}": value for name, error in errors.items() for key, value in error.model_dump().items()}
     return found | {
         "within10_pct": 100 * min(error.within_tenth for error in errors.values()),
         "rank_corr": min(error.rank for error in errors.values()),
@@ -297,7 +308,7 @@ def readings(log: Log, phase: str) -> dict[tuple[str, int], Reading]:
 def figures(lab: Lab) -> dict[str, float]:
     """All that the readings so far tell."""
     found = repeatability(lab.log) | order(lab.log)
-    found |= modelled(lab)
+    found |= modelled(lab.log)
     for one in lab.log.of("exposed").values():
         found |= {name: one[name] for name in ("exposed_ms", "alone_ms")}
     return found
@@ -351,6 +362,7 @@ def main() -> None:
             tell(f"{phase} of {name}")
     for name in MODELLED if arguments.fit else ():
         lab.readings("fit", name, arguments.fit)
+        lab.kernels(name)
         tell(f"files of {name}")
     table = Table("figure", "value", "goal", "", title="Measuring")
     for name, value in said.items():

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from autocompress.devices import bench, there
+from autocompress.devices import bench, kernels, there
 from autocompress.devices.local import BENCH, LocalDevice
 from autocompress.types import Profile
 from tests.test_devices import SMALL
@@ -35,7 +35,7 @@ def served(command: list[str], *requests: dict[str, Any]) -> list[dict[str, Any]
     return answers
 
 
-@pytest.mark.parametrize("script", [bench, there])
+@pytest.mark.parametrize("script", [bench, kernels, there])
 def test_what_goes_to_targets_is_written_for_python_3_9(script: Any) -> None:
     ast.parse(Path(script.__file__).read_text(), feature_version=(3, 9))
 

@@ -123,6 +123,11 @@ def test_pooling_keeps_the_value_inside_its_interval(ratios: list[float], share:
     assert found.p95_ms == interval(max(ratios) * 1.2)
 
 
+def test_a_device_taken_as_it_is_stands_in_the_pooled_reading():
+    assert not pool([reading(), reading()]).as_is
+    assert pool([reading(), reading().model_copy(update={"as_is": True})]).as_is
+
+
 def test_pool_refuses_nothing_and_other_devices():
     with pytest.raises(ValueError, match="no readings"):
         pool([])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import itertools
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ from autocompress import load
 from autocompress.devices import Device, Samples
 from autocompress.devices.cores import CorePlan, Cores, parse_list, plan_cores, read_cores, read_quota
 from autocompress.devices.fingerprint import check_expects, host, resolve_local, short
-from autocompress.devices.local import LocalDevice, Unloadable
+from autocompress.devices.local import BENCH, LocalDevice, Unloadable
 from autocompress.devices.station import Station, measure_file
 from autocompress.devices.statistics import MIN_BLOCKS, Window, drift, median, parts, rank, tail, width
 from autocompress.types import Interval, Numeric, Profile, Reading, TrialFailure, UserError
@@ -578,6 +579,18 @@ def test_nothing_is_measured_twice(files: dict[str, Path], tmp_path: Path) -> No
         one.measure("mine", LARGE)
         one.measure("mine", files["large"])
         assert scripted.calls == calls + 3
+
+
+def test_a_jump_of_the_date_changes_no_reading(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A day on, a day back at every look at the date; the timing process never looks at it."""
+    now, jump = time.time(), itertools.cycle([86400.0, -86400.0])
+    monkeypatch.setattr(time, "time", lambda: now + next(jump))
+    began = time.monotonic()
+    with station(files["large"]) as one:
+        reading = one.session("one", SMALL, 0.3)
+        assert 0 < reading.seconds < time.monotonic() - began
+        assert 0 < reading.ratio.value < 1
+    assert "time.time" not in BENCH.read_text()
 
 
 def test_raw_times_are_kept(files: dict[str, Path], tmp_path: Path) -> None:

@@ -169,17 +169,39 @@ def test_over_every_budget_ends_before_training(work: Work, tmp_path) -> None:
 
 def test_what_is_predicted_to_be_far_over_every_budget_is_not_measured(work: Work, tmp_path) -> None:
     clock, budgets = Clock(), [Budget(profile=profile.name, latency_ms=10) for profile in PROFILES]
-    (_, seen), *_ = Evaluator(work, budgets, Store(tmp_path), clock).evaluate(assignment())
-    kinds = {kind for amounts in seen.amounts.values() for kind in amounts}
-    assert {"integer convolution wide: macs", "float convolution wide: macs"} <= kinds
-    model = LatencyModel(units=dict.fromkeys(kinds, 0.0), always=0.9, factor=1.2)
-    clock.asked = []
-    for most, expected in ((0.5, State.INFEASIBLE), (0.72, State.RUNG)):
+    model, weighed = LatencyModel(units={"Conv": 0.001}, usual=0.0, always=0.2, factor=1.2), []
+
+    def weigh(profile_name: str, model: bytes, key: str) -> dict[str, float]:
+        assert export.graph_hash(model, weights=False) == key
+        weighed.append(profile_name)
+        return {"Conv": 700.0, "Add": 3.0}
+
+    for most, expected in ((0.5, State.INFEASIBLE), (0.76, State.RUNG)):
         screen = {profile.name: Screen(model=model, most=most) for profile in PROFILES}
-        state, outcome = next(Evaluator(work, budgets, Store(tmp_path), clock).evaluate(assignment(screen=screen)))
+        evaluator = Evaluator(work, budgets, Store(tmp_path), clock, weigh)
+        state, outcome = next(evaluator.evaluate(assignment(screen=screen)))
         assert state is expected
+        assert sorted(weighed) == sorted(outcome.amounts) == sorted(profile.name for profile in PROFILES)
+        weighed.clear()
         assert bool(clock.asked) is bool(outcome.readings) is (state is State.RUNG)
         assert ("not measured: one 0.90 times the baseline (the budget: 0.50)" in outcome.reason) is (not clock.asked)
+
+
+def test_a_file_that_cannot_be_weighed_is_measured_and_a_note_says_so(work: Work, tmp_path) -> None:
+    def weigh(profile_name: str, model: bytes, key: str) -> dict[str, float]:
+        del model, key
+        if profile_name == "one":
+            raise TrialFailure("If runs a graph of its own")
+        return {"Conv": 700.0}
+
+    model = LatencyModel(units={}, usual=0.0, always=0.9, factor=1.0)
+    screen = {profile.name: Screen(model=model, most=0.5) for profile in PROFILES}
+    evaluator = Evaluator(work, (), Store(tmp_path), Clock(), weigh)
+    state, outcome = next(evaluator.evaluate(assignment(screen=screen)))
+    assert state is State.RUNG
+    assert outcome.amounts == {"two": {"Conv": 700.0}, "signed": {"Conv": 700.0}}
+    (note,) = [one for one in outcome.notes if "predicted" in one]
+    assert note == "one: no latency is predicted: If runs a graph of its own"
 
 
 def test_one_met_budget_is_enough_to_go_on(work: Work, tmp_path) -> None:

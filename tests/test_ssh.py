@@ -526,6 +526,29 @@ def test_a_full_disk_there(there: servers.Sshd, files: dict[str, Path], tmp_path
             subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+def test_a_short_memory_there(there: servers.Sshd, files: dict[str, Path], tmp_path: Path) -> None:
+    """Of 2 GB, where a file's output alone takes 4; the file is not remembered as one that the runtime refuses."""
+    node = helper.make_node("Tile", ["x", "often"], ["y"])
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, size]) for name, size in (("x", 1000), ("y", None))
+    ]
+    often = helper.make_tensor("often", TensorProto.INT64, [2], [1, 10**6])
+    graph = helper.make_graph([node], "wide", ends[:1], ends[1:], [often])
+    wide = tmp_path / "wide.onnx"
+    onnx.save(helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)]), wide)
+    there.stop()
+    there.limits = "ulimit -v 2000000 && "
+    there.start()
+    device = SshDevice(PI, patience=30)
+    try:
+        with pytest.raises(TrialFailure, match="needs more memory than is free on pi") as error:
+            device.time([wide], rounds=1, seconds=1)
+        assert not isinstance(error.value, Unloadable)
+        assert works(device, files["small"])
+    finally:
+        device.close()
+
+
 def test_what_is_least_lately_used_makes_room(
     device: SshDevice, there: servers.Sshd, tmp_path: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

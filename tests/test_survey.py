@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -322,6 +323,16 @@ def test_what_a_new_profile_starts_from() -> None:
     assert pi.reach.python == "venv/bin/python"
     gpu = adding.wanted("gpu", local=True, provider="CUDA", like="openvino-cpu")
     assert (gpu.provider, gpu.provider_options) == ("CUDAExecutionProvider", {})
+
+
+def test_a_tilde_that_the_shell_expanded_means_the_home_over_there() -> None:
+    def python(**how: Any) -> str:
+        return adding.wanted("pi", **how).reach.python
+
+    assert python(ssh="pi", python=str(Path.home() / "venv/bin/python")) == "venv/bin/python"
+    assert python(ssh="pi", python="/opt/venv/bin/python") == "/opt/venv/bin/python"
+    assert python(ssh="pi", python="~/venv/bin/python") == "~/venv/bin/python"
+    assert python(ssh="pi") == "python3"
 
 
 def test_a_written_profile_is_read_as_it_was(tmp_path: Path) -> None:

@@ -35,6 +35,13 @@ class Samples(Record):
     disturbed: float = 0.0  # share of the runs in which another process had one of the cores, where that is known
 
 
+class Kernels(Record):
+    """What onnxruntime runs a file with."""
+
+    counts: dict[str, int]  # kernel -> how often it runs; a name is its operation, a colon and a hash of the rest
+    ratios: dict[str, float] = {}  # what one takes alone, of what a small convolution takes there
+
+
 @runtime_checkable
 class Device(Protocol):
     """Code that reaches a target. One object per profile."""
@@ -71,4 +78,16 @@ class TellsRoom(Protocol):
 
     def room(self) -> float | None:
         """Megabytes (1e6) that were free beside the timing process when it began; None where that is not told."""
+        ...
+
+
+@runtime_checkable
+class TellsKernels(Protocol):
+    """A device that can also time the kernels of a file, each alone."""
+
+    def kernels(self, model: Path, wanted: Sequence[str], *, seconds: float, cores: Sequence[int] = ()) -> Kernels:
+        """The kernels of a file, and what those that are wanted take: as many as the seconds suffice for, or one.
+
+        Raises TrialFailure where the runtime does not tell, Unreachable if the target does not answer.
+        """
         ...

@@ -64,7 +64,7 @@ def wanted(
         raise UserError(f"--{device} {ways[device]!r}: what begins with a dash is no address")
     base = load.profile(like) if like else Profile(name=name)
     reach: dict[str, Any] = {"ssh": ssh, "adb": adb, "resource": ray, "port": port, "identity": identity_file}
-    reach |= {"python": python} if python else {}
+    reach |= {"python": _over_there(python) if device == "ssh" else python} if python else {}
     changes: dict[str, Any] = {"name": name, "device": device, "about": "", "reach": Reach(**reach)}
     changes |= {key: value for key, value in (("threads", threads), ("batch", batch)) if value is not None}
     if provider:
@@ -72,6 +72,12 @@ def wanted(
         changes |= {"provider_options": {}} if changes["provider"] != base.provider else {}
     registry.check("device", device)
     return base.model_copy(update=changes)
+
+
+def _over_there(python: str) -> str:
+    """A path below the home folder means the one over there: `~` was expanded here by the shell."""
+    path, home = Path(python), Path.home()
+    return str(path.relative_to(home)) if path.is_relative_to(home) and path != home else python
 
 
 def look(profile: Profile, *, seconds: float = SECONDS, say: Say = lambda _: None) -> Survey:

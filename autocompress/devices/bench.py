@@ -63,11 +63,15 @@ INTEGERS = {"int64": np.int64, "int32": np.int32, "int16": np.int16, "int8": np.
 FLOATS = {"float": np.float32, "double": np.float64, "float16": np.float16}
 
 
+SHORT = ("bad_alloc", "bad allocation", "Failed to allocate memory", "out of memory", "Unable to allocate")
+
+
 class RefusedError(Exception):
-    """A file that cannot be loaded or run here; `stage` is the answer's "error"."""
+    """A file that cannot be loaded or run here; `stage` is the answer's "error", or `short` where memory was."""
 
     def __init__(self, stage: str, model: str, reason: str) -> None:
         super().__init__(reason)
+        stage = "short" if any(sign in reason for sign in SHORT) else stage
         self.answer = {"error": stage, "model": model, "reason": " ".join(reason.split())[:500]}
 
 

@@ -138,7 +138,7 @@ class HostLock:
             note = json.loads(self.path.read_text())
             process = psutil.Process(note["pid"])
             if abs(process.create_time() - note["started"]) < 1:
-                elapsed = time.time() - note["since"]
+                elapsed = max(time.time() - note["since"], 0.0)  # the date may have been set meanwhile
                 return f"pid {note['pid']}, which has been measuring {note['what']} for {elapsed:.0f} s"
         except (OSError, ValueError, KeyError, TypeError, psutil.Error):
             pass  # being written, or left by a process that was killed

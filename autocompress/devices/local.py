@@ -113,6 +113,8 @@ def refusal(answer: dict[str, Any], name: str, where: str = "") -> TrialFailure:
     """What an answer with an error means: Unloadable where the same file will be refused again."""
     verdicts = {"load": "cannot be loaded", "memory": "cannot be loaded and run by a process of its own"}
     verdict, kind = verdicts.get(answer["error"], "cannot be run"), answer["error"]
+    if kind == "short":  # there may be more another time
+        return TrialFailure(f"{name} needs more memory than is free{where}: {answer['reason']}")
     if kind == "host":
         return TrialFailure(f"the lock of measurements{where} cannot be had: {answer['reason']}")
     failure = Unloadable if kind == "load" else TrialFailure

@@ -22,7 +22,7 @@ os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayError, RayTaskError
 
-from autocompress.devices import Samples, Unreachable
+from autocompress.devices import Kernels, Samples, Unreachable
 from autocompress.devices.cores import plan_cores
 from autocompress.devices.fingerprint import resolve_local
 from autocompress.devices.local import WAIT_S, LocalDevice
@@ -77,6 +77,11 @@ class _There:
     def memory(self, places: Sequence[tuple[str, str]]) -> tuple[dict[str, float], list[str]]:
         device, paths = self._made(), self._paths(places)
         return device.memory(paths), list(map(str, paths))
+
+    def kernels(self, place: tuple[str, str], wanted: Sequence[str], seconds: float) -> Kernels:
+        cores = plan_cores([self._profile]).station
+        (path,) = self._paths([place])
+        return self._made().kernels(path, wanted, seconds=seconds, cores=cores)
 
     def _paths(self, places: Sequence[tuple[str, str]]) -> list[Path]:
         """A file named twice gets a second spelling, since times are told apart by path."""
@@ -141,6 +146,11 @@ class RayDevice:
     def room(self) -> float | None:
         """See `TellsRoom.room`."""
         return self._ask("room")
+
+    def kernels(self, model: Path, wanted: Sequence[str], *, seconds: float, cores: Sequence[int] = ()) -> Kernels:  # noqa: ARG002
+        """See `TellsKernels.kernels`; cores are chosen there."""
+        (place,) = self._sent([model])
+        return self._ask("kernels", place, list(wanted), seconds, limit=seconds + 2 * self.patience + WAIT_S)
 
     def _sent(self, models: Sequence[Path]) -> list[tuple[str, str]]:
         """Where the files lie there; those that it lacks are sent."""

@@ -77,6 +77,7 @@ class Ssh:
             if not key.is_file():
                 raise UserError(f"profile {profile!r}: reach.identity: no file {key}")
             self._base += ["-i", str(key), "-o", "IdentitiesOnly=yes"]
+        self._login = f"-p {reach.port} {self.name}" if reach.port is not None else self.name
         self._master: _Master | None = None
 
     def command(self, argv: Sequence[str]) -> list[str]:
@@ -129,7 +130,7 @@ class Ssh:
             )
         if re.search(r"No .*host key is known for", words) or "Host key verification failed" in words:
             return UserError(
-                f"{name}: its host key is not known here; log in once by `ssh {name}` and compare it, or "
+                f"{name}: its host key is not known here; log in once by `ssh {self._login}` and compare it, or "
                 f"type: {self._scan()}"
             )
         if found := re.search(r"Permission denied \((.*?)\)", words):
@@ -137,7 +138,7 @@ class Ssh:
             extra = f"; {lacking[0].lower()}" if lacking else ""
             return UserError(
                 f"{name}: permission denied ({found[1]}): none of your keys is accepted there{extra}; type: "
-                f"ssh-copy-id {name} (a key with a passphrase belongs into ssh-agent)"
+                f"ssh-copy-id {self._login} (a key with a passphrase belongs into ssh-agent)"
             )
         if "Too many authentication failures" in words:
             return UserError(f"{name}: too many authentication failures; name the key in the profile's reach.identity")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import threading
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from autocompress import load, onnxfile
-from autocompress.devices import Device, TellsMemory, Unreachable, host_of
+from autocompress.devices import Device, TellsKernels, TellsMemory, Unreachable, host_of
 from autocompress.devices.cores import CorePlan, plan_cores
 from autocompress.devices.fingerprint import check_same, identity, resolve_local, short
 from autocompress.devices.gate import Gate, HostLock
+from autocompress.devices.kerneltable import KernelTable
 from autocompress.devices.local import Unloadable
 from autocompress.devices.statistics import MIN_BLOCKS, NARROW, Window, width
 from autocompress.registry import call, genuine, resolve
@@ -26,6 +28,7 @@ from autocompress.store import cache_dir, make_folder, write_atomic
 from autocompress.types import Profile, Reading, TrialFailure, UserError
 
 LONGEST_S = 120.0  # a model so slow that MIN_BLOCKS take longer is reported as noisy
+PORTION_S = 10.0  # of timing kernels, between which a device is asked whether it is there
 PATIENCE_S = 600.0  # for trainers to pause, or for other measurements to end
 PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # between tries at a device that is away; each is twice the one before
 CACHE = "set AUTOCOMPRESS_CACHE to a folder that can be written"
@@ -82,6 +85,7 @@ class Station:
         self._baseline_key = baseline_key or _sha(onnxfile.load(self.baseline))
         self._gate = (gate or Gate()) if plan.quiet else None
         self._lock = HostLock()
+        self._tables: dict[str, KernelTable] = {}
         self._ready = False
         try:
             for name in self._profiles:
@@ -145,6 +149,33 @@ class Station:
             }
             self._keep(place, {"reading": reading.model_dump(mode="json"), "load_ms": window.load_ms, **raw})
         return reading
+
+    def kernels(self, profile_name: str, model: bytes | Path, key: str | None = None) -> dict[str, float]:
+        """What a file's kernels take by operation, and how many they are: what a latency model is fitted to.
+
+        Every kernel is timed alone, once for each device. Empty for a device that cannot. `key` and what is raised are
+        those of `measure`.
+        """
+        named = key or _sha(model if isinstance(model, bytes) else onnxfile.load(model))
+        place, table = self._place(profile_name, named, "kernels"), self._table(profile_name)
+        known = self._kept(place)
+        if failure := known.get("failure"):
+            raise Unloadable(failure)
+        if "counts" not in known or table.missing(known["counts"]):
+            cores = self._cores(profile_name)
+            with self._turn(profile_name), self._alone(profile_name), self._file(model) as path:
+                try:
+                    with self._reached(profile_name) as device:
+                        if not isinstance(device, TellsKernels):
+                            return {}
+                        known = {"counts": device.kernels(path, (), seconds=PORTION_S, cores=cores).counts}
+                        while missing := table.missing(known["counts"]):
+                            table.add(device.kernels(path, missing, seconds=PORTION_S, cores=cores).ratios)
+                except Unloadable as refusal:
+                    self._keep(place, {"failure": str(refusal)})
+                    raise
+            self._keep(place, known)
+        return table.amounts(known["counts"])
 
     def session(self, profile_name: str, model: bytes | Path, seconds: float = 1.5) -> Reading:
         """A reading by a fresh process, never from the cache: processes differ by more than noise within one.
@@ -307,13 +338,20 @@ class Station:
             wanted = window.blocks * (width(window.ratio) / NARROW) ** 2 - window.blocks
             rounds = int(min(max(wanted, MIN_BLOCKS), 8 * MIN_BLOCKS))
 
-    def _place(self, profile_name: str, key: str) -> tuple[Path, dict[str, Any]]:
+    def _table(self, profile_name: str) -> KernelTable:
+        """What kernels take on the device of a profile."""
+        if profile_name not in self._tables:
+            path, _ = self._place(profile_name, "", "kernels")
+            self._tables[profile_name] = KernelTable(path.parents[1] / f"{path.name.partition('.')[0]}.jsonl")
+        return self._tables[profile_name]
+
+    def _place(self, profile_name: str, key: str, what: str = "readings") -> tuple[Path, dict[str, Any]]:
         """Where a reading is kept, and everything that it depends on."""
         host = self.fingerprint(profile_name)
         parts = {
             "format": FORMAT,
             "model": key,
-            "baseline": self._baseline_key,
+            "baseline": self._baseline_key if what == "readings" else what,
             "profile": self._profiles[profile_name].model_dump(
                 mode="json", include={"device", "provider", "provider_options", "threads", "batch", "reach"}
             ),
@@ -323,21 +361,26 @@ class Station:
             **({"weighed": True} if profile_name in self._weighed else {}),
         }
         name = _sha(json.dumps(parts, sort_keys=True).encode())
-        return self._cache / "readings" / name[:2] / f"{name}.json.gz", parts
+        return self._cache / what / name[:2] / f"{name}.json.gz", parts
 
     def _recall(self, place: tuple[Path, dict[str, Any]], profile_name: str) -> Reading | None:
         """What is known of it; raises TrialFailure where that is a refusal."""
-        try:
-            kept = json.loads(gzip.decompress(place[0].read_bytes()))
-            failure = kept.get("failure")
-            reading = None if failure else Reading.model_validate(kept["reading"])
-        except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError):
-            return None  # not there, or damaged: measured again and overwritten
-        if failure:
+        kept = self._kept(place)
+        if failure := kept.get("failure"):
             raise Unloadable(failure)
-        if reading is None:
+        try:
+            reading = Reading.model_validate(kept["reading"])
+        except (ValueError, LookupError):
             return None
         return reading.model_copy(update={"profile": profile_name, "as_is": self._another(profile_name)})
+
+    def _kept(self, place: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
+        """What lies there; nothing if that is damaged: it is measured again and overwritten."""
+        try:
+            found = json.loads(gzip.decompress(place[0].read_bytes()))
+        except (OSError, EOFError, ValueError, zlib.error):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def _keep(self, place: tuple[Path, dict[str, Any]], found: dict[str, Any]) -> None:
         path, parts = place

@@ -203,7 +203,8 @@ class RemoteDevice:
             lacking = " and ".join(told["missing"])
             raise UserError(
                 f"{self._link.name}: {self.profile.reach.python} there (Python {told['python']}) has no {lacking}; "
-                f"type there: {self.profile.reach.python} -m pip install {' '.join(told['missing'])}"
+                f"type there: {self.profile.reach.python} -m pip install {' '.join(told['missing'])} (where that is "
+                "refused, `python3 -m venv venv`, the same with venv/bin/python, and --python venv/bin/python here)"
             )
         if "error" in told:
             raise UserError(f"{self._link.name}: {told['error']}; set reach.folder in the profile")
