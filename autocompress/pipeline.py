@@ -579,6 +579,7 @@ class _Path:
         self.later: dict[str, str] = {}  # profile -> sha256 of the file that it was away for
         self.seconds: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
+        self.weighed: dict[str, str] = {}  # profile -> key of the file that its amounts are of
 
     @contextmanager
     def stage(self, name: str, *, working: bool = True) -> Iterator[None]:
@@ -586,7 +587,6 @@ class _Path:
         try:
             with self.work.gate.working() if working else nullcontext():
                 yield
-        self.weighed: dict[str, str] = {}  # profile -> key of the file that its amounts are of
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 

@@ -215,6 +215,15 @@ def test_memory_is_that_of_a_process_that_runs_the_file(device: SshDevice, tmp_p
     assert 50 < found[str(paths[1])] - found[str(paths[0])] < 300  # the file, and what loading it holds beside it
 
 
+def test_kernels_are_timed_there(device: SshDevice, files: dict[str, Path]) -> None:
+    counts = device.kernels(files["small"], (), seconds=1).counts
+    assert sum(counts.values()) >= 4
+    found = device.kernels(files["small"], list(counts), seconds=10)
+    assert found.counts == counts
+    assert found.ratios.keys() == counts.keys()
+    assert max(found.ratios.values()) > 0
+
+
 def test_the_cores_asked_for_are_the_targets(device: SshDevice, there: servers.Sshd, files: dict[str, Path]) -> None:
     last = max(os.sched_getaffinity(0))
     for cores in ([last], []):

@@ -11,14 +11,18 @@ or later, Linux, Android or macOS (without affinity, preemption counts or /proc 
                   "disturbed": 0.0, "waited_s": 0.0}
     or           {"memory": [path, ...], "cores": [3]}
               -> {"memory_mb": {path: 4.5}}
+    or           {"kernels": [path], "wanted": [key, ...], "seconds": 10.0, "cores": [3]}
+              -> {"counts": {key: 2}, "ratios": {key: 1.5}}
     or           {"have": {path: hash, ...}}
               -> {"have": {path: true}}
               or {"error": "load" | "run" | "changed" | "memory" | "host", "model": path, "reason": "..."}
     before it    {"waiting": "pid 123"}, once a second while another process measures on this host
 
 `idle_s` (how long it stays without a request) and `sha256` (what the files must be when they are loaded) may be left
-out. One measurement runs on a host at a time, whoever asks: a lock on a file in the folder for temporary files, which
-the kernel releases when its holder ends.
+out. `counts` are the kernels of one run (`kernels.py`, which lies beside this file), `ratios` what each of those
+`wanted` takes alone, of what a small convolution takes: as many as the seconds suffice for. One measurement runs on a
+host at a time, whoever asks: a lock on a file in the folder for temporary files, which the system releases when its
+holder ends.
 
 One round is one block of each file, in the order A B B A ..., so that a linear drift of the clock cancels. A block is
 about BLOCK_MS long, starts with one run that is thrown away (the other file has emptied the caches) and has the same
@@ -29,6 +33,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib.util
 import json
 import os
 import queue
@@ -101,18 +106,24 @@ def identity(path: str) -> tuple[int, int]:
     return facts.st_mtime_ns, facts.st_size
 
 
+def options_of(setup: dict[str, Any], shared_pool: bool) -> Any:
+    """Of a session."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    if shared_pool:
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = setup["threads"]
+        options.inter_op_num_threads = 1
+    return options
+
+
 class Loaded:
     """A session with its input, its load time and, after `warm`, the number of runs of one block."""
 
     def __init__(self, path: str, setup: dict[str, Any], shared_pool: bool) -> None:
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = 3
-        if shared_pool:
-            options.use_per_session_threads = False
-        else:
-            options.intra_op_num_threads = setup["threads"]
-            options.inter_op_num_threads = 1
+        options = options_of(setup, shared_pool)
         self.identity = identity(path)
         began = time.perf_counter()
         try:
@@ -313,6 +324,40 @@ def memory_of(path: str, setup: dict[str, Any]) -> float:
     return answer["memory_mb"]
 
 
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+class Kernels:
+    """Of the file that was asked about last."""
+
+    def __init__(self, setup: dict[str, Any], shared_pool: bool) -> None:
+        self.setup, self.shared_pool = setup, shared_pool
+        place = Path(__file__).with_name("kernels.py")
+        spec = importlib.util.spec_from_file_location("kernels", place)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules["kernels"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        self.module, self.of, self.graph, self.gauge = module, "", None, None
+
+    def answer(self, path: str, wanted: list[str], seconds: float) -> dict[str, Any]:
+        """How often each is run, and what those that are wanted take. Raises RefusedError."""
+        try:
+            named = f"{path} {identity(path)}"
+            if self.graph is None or self.of != named:
+                self.graph = None
+                feed = Loaded(path, self.setup, self.shared_pool).feed
+                self.graph = self.module.Graph(path, lambda: options_of(self.setup, self.shared_pool), self.setup, feed)
+                self.of = named
+            self.gauge = self.gauge or self.module.Gauge(self.graph)
+            ratios = self.graph.ratios(wanted, self.gauge, seconds)
+        except RefusedError:
+            raise
+        except Exception as error:
+            raise RefusedError("kernels", path, str(error)) from error
+        return {"counts": {key: len(nodes) for key, nodes in self.graph.kernels.items()}, "ratios": ratios}
+
+
 # --- the host's lock --------------------------------------------------------------------------------------------------
 
 
@@ -421,6 +466,7 @@ class Server:
             ort.set_global_thread_pool_sizes(setup["threads"], 1)
         self.rapl = Rapl()
         self.loaded: dict[str, Loaded] = {}
+        self.kernels: Kernels | None = None
         self.cores: list[int] = []
 
     def same(self, path: str) -> bool:
@@ -436,6 +482,10 @@ class Server:
             if "memory" in request:
                 check(request.get("sha256", {}))
                 return {"memory_mb": {path: memory_of(path, self.setup) for path in request["memory"]}}
+            if "kernels" in request:
+                check(request.get("sha256", {}))
+                self.kernels = self.kernels or Kernels(self.setup, self.shared_pool)
+                return self.kernels.answer(request["kernels"][0], request.get("wanted", []), request["seconds"])
             wanted: list[str] = request["models"]
             named = request.get("sha256", {})  # such files never change, and may have made room for others
             kept = [path for path in self.loaded if path in wanted]

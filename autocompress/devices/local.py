@@ -16,11 +16,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from autocompress.devices import Samples
+from autocompress.devices import Kernels, Samples
 from autocompress.devices.fingerprint import check_expects, host
 from autocompress.types import Profile, TrialFailure, UserError
 
 BENCH = Path(__file__).with_name("bench.py")
+BESIDE = Path(__file__).with_name("kernels.py")  # which it loads where kernels are asked for
 
 
 SLOW_DISK = 1e8  # bytes per second
@@ -70,6 +71,11 @@ class LocalDevice:
         """See `TellsRoom.room`."""
         return (self._child or self._start()).hello.get("free_mb")
 
+    def kernels(self, model: Path, wanted: Sequence[str], *, seconds: float, cores: Sequence[int] = ()) -> Kernels:
+        """See `TellsKernels.kernels`."""
+        request = {"kernels": [str(model)], "wanted": list(wanted), "seconds": seconds, "cores": list(cores)}
+        return Kernels.model_validate(self._ask(request, seconds + self.patience, [model]))
+
     def _ask(self, request: dict[str, Any], limit: float, models: Sequence[Path]) -> dict[str, Any]:
         child = self._child or self._start()
         try:
@@ -111,13 +117,17 @@ def setup(profile: Profile, **more: Any) -> dict[str, Any]:
 
 def refusal(answer: dict[str, Any], name: str, where: str = "") -> TrialFailure:
     """What an answer with an error means: Unloadable where the same file will be refused again."""
-    verdicts = {"load": "cannot be loaded", "memory": "cannot be loaded and run by a process of its own"}
+    verdicts = {
+        "load": "cannot be loaded",
+        "memory": "cannot be loaded and run by a process of its own",
+        "kernels": "cannot be timed kernel by kernel",
+    }
     verdict, kind = verdicts.get(answer["error"], "cannot be run"), answer["error"]
     if kind == "short":  # there may be more another time
         return TrialFailure(f"{name} needs more memory than is free{where}: {answer['reason']}")
     if kind == "host":
         return TrialFailure(f"the lock of measurements{where} cannot be had: {answer['reason']}")
-    failure = Unloadable if kind == "load" else TrialFailure
+    failure = Unloadable if kind in ("load", "kernels") else TrialFailure
     return failure(f"{name} {verdict} by onnxruntime{where}: {answer['reason']}")
 
 

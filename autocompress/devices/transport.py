@@ -13,9 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from autocompress.devices import Samples, Unreachable, there
+from autocompress.devices import Kernels, Samples, Unreachable, there
 from autocompress.devices.fingerprint import check_expects
-from autocompress.devices.local import BENCH, Child, refusal, setup
+from autocompress.devices.local import BENCH, BESIDE, Child, refusal, setup
 from autocompress.types import Profile, TrialFailure, UserError
 
 SCRIPT = Path(there.__file__).read_bytes()
@@ -97,6 +97,12 @@ class RemoteDevice:
         """See `TellsRoom.room`."""
         return self._ready().hello.get("free_mb")
 
+    def kernels(self, model: Path, wanted: Sequence[str], *, seconds: float, cores: Sequence[int] = ()) -> Kernels:
+        """See `TellsKernels.kernels`; `cores` as in `time`."""
+        request = {"wanted": list(wanted), "seconds": seconds, "cores": list(cores)}
+        answer, _ = self._ask("kernels", [model], request, seconds + self.patience)
+        return Kernels.model_validate(answer)
+
     def close(self) -> None:
         """End the timing process and the connection; the device may be used again."""
         child, self._child = self._child, None
@@ -172,8 +178,10 @@ class RemoteDevice:
                 f"profile {profile.name!r} measures with {threads} threads, but {self._link.name} has "
                 f"{facts['cores']} cores"
             )
-        sha = _sha(BENCH)
-        bench = self._put(f"{there.KEPT}-{sha[:16]}", BENCH, sha, "bench.py")
+        shas = [_sha(BESIDE), _sha(BENCH)]
+        key = f"{there.KEPT}-{hashlib.sha256(' '.join(shas).encode()).hexdigest()[:16]}"
+        self._put(key, BESIDE, shas[0], BESIDE.name)
+        bench = self._put(key, BENCH, shas[1], BENCH.name)
         child = Child(
             self._link.command([self._python, "-I", bench]),
             setup(profile, idle_s=IDLE_S) | {"threads": threads},
