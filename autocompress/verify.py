@@ -421,8 +421,9 @@ class _Run:
         where = f"on {checked.processor}" + ("" if checked.on_device else ", since the device itself only times files")
         old = self.read.manifest.certificate.quality.get(name)
         was = f"; certified {old.value.value:.4f}" if old else ""
+        count = f"{found.samples} samples{'' if found.samples >= certify.SAMPLES else ' (all of the split)'}"
         says = (
-            f"{found.metric} {value.value:.4f} [{value.low:.4f}, {value.high:.4f}], {found.samples} samples {where}; "
+            f"{found.metric} {value.value:.4f} [{value.low:.4f}, {value.high:.4f}], {count} {where}; "
             f"{'holds' if held else 'is below'} the floor {floor:.4f}{was}"
         )
         self.tell(Check(name="quality", status="ok" if held else "failed", says=says, device=name))

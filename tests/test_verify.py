@@ -87,7 +87,7 @@ def test_a_whole_artifact_passes_and_says_what_was_looked_at(made: Path) -> None
     runs = artifact.read(made).manifest.certificate.readings["local-1t"].samples
     assert checks["samples"].says == f"the certificate's figures follow from its {runs} runs"
     assert checks["device"].says.endswith("the certificate's own")
-    assert "360 samples" in checks["quality"].says
+    assert "360 samples (all of the split) on" in checks["quality"].says
     assert "5 sessions" in checks["latency"].says
     assert found.certificates["local-1t"].readings["local-1t"].fingerprint in found.fingerprints
     assert all("\n" not in str(check) for check in found.checks)
