@@ -432,7 +432,9 @@ def device_add(
     ray: Annotated[str, typer.Option(metavar="RESOURCE", help="The Ray node that holds it, e.g. device:pi.")] = "",
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Of the ssh server.")] = None,
     identity: Annotated[str, typer.Option(metavar="FILE", help="Private key for ssh.")] = "",
-    python: Annotated[str, typer.Option(help="Python over there, with numpy and onnxruntime.")] = "",
+    python: Annotated[
+        str, typer.Option(help="Python over there, with numpy and onnxruntime, e.g. venv/bin/python.")
+    ] = "",
     like: Annotated[str, typer.Option(metavar="PROFILE", help="Start from what this profile says.")] = "",
     threads: Annotated[int | None, typer.Option(min=0, help="0: all it has.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Samples in one run.")] = None,
