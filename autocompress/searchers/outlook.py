@@ -11,6 +11,7 @@ import numpy as np
 from autocompress import pareto
 from autocompress import space as sp
 from autocompress.pareto import Score
+from autocompress.searchers.additive import rows as encoded
 from autocompress.searchers.belief import Array, Coding, Fit, Guess, fit
 from autocompress.surrogate import ceiling
 from autocompress.types import Facts, Goal, Limit, Space, Trial
@@ -53,6 +54,7 @@ class Beliefs:
         gains = probed(space, facts)
         self.codings = {name: Coding(space, facts, gains.get(name)) for name in ("", *self.profiles)}
         self.trials: dict[int, Trial] = {}
+        self.rows: dict[int, Array] = {}
         self.fits: dict[tuple[str, int], Fit] = {}
         self.sizes: dict[tuple[str, int], int] = {}
         self.fresh: dict[tuple[str, int], int] = {}
@@ -62,6 +64,7 @@ class Beliefs:
         """Take note of a trial, in place of what its number said before."""
         self.trials.pop(number, None)
         self.trials[number] = trial
+        self.rows[number] = encoded(self.space, [sp.canonical(self.space, trial.genotype)])[0]
         self.count += 1
 
     def scores(self, goal: int) -> dict[int, Score]:
@@ -105,10 +108,10 @@ class Beliefs:
             return self.fits.get(key)
         self.fresh[key] = self.count
         rows, values, half = [], [], []
-        for trial in list(self.trials.values())[-MEMORY:]:
+        for number, trial in list(self.trials.items())[-MEMORY:]:
             value = self._value(trial, what, goal)
             if value is not None:
-                rows.append(self.codings[what].row(sp.canonical(self.space, trial.genotype)))
+                rows.append(self.rows[number])
                 values.append(value)
                 half.append(0.0 if what else 1.0 - trial.outcome.fidelity)
         if len(values) < FEWEST:

@@ -119,6 +119,7 @@ class ClosedForm:
             baseline={
                 name: _reading(name, base, base) for name, base in zip(self.profiles, self.baseline, strict=True)
             },
+            baseline_quality=_found(self.quality(sp.parent(self.space))),
         )
         if probe:
             self.facts = self.facts.model_copy(update={"probe": tuple(probed(self))})
@@ -189,12 +190,7 @@ class ClosedForm:
             # Half-trained candidates stand lower, the more heavily cut the lower.
             value = _quality(round(costs[0][1] * (2.0 - fidelity)) + round(2000 * (1.0 - fidelity)))
             value = min(1.0, max(0.0, value + luck.gauss(0, self.noise))) if self.noise else value
-            found = Quality(
-                metric="accuracy",
-                split="selection",
-                value=Interval(value=value, low=max(0.0, value - 0.01), high=min(1.0, value + 0.01)),
-                samples=1000,
-            )
+            found = _found(value)
             state = State.DONE if index == len(assignment.rungs) - 1 else State.RUNG
             quality = dict.fromkeys(self.profiles, found)
             yield state, Outcome(fidelity=fidelity, readings=readings, quality=quality, size_mb=sizes)
@@ -351,6 +347,11 @@ def _stepped(ratio: int, channels: int) -> float:
 
 def _quality(drop: int) -> float:
     return CHANCE + (PARENT_QUALITY - CHANCE) * math.exp(-drop * 1e-5)
+
+
+def _found(value: float) -> Quality:
+    interval = Interval(value=value, low=max(0.0, value - 0.01), high=min(1.0, value + 0.01))
+    return Quality(metric="accuracy", split="selection", value=interval, samples=1000)
 
 
 def _reading(profile: str, micros: int, baseline: int) -> Reading:
