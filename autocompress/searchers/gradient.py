@@ -18,7 +18,7 @@ import numpy as np
 from autocompress import space as sp
 from autocompress.pareto import Score
 from autocompress.searchers.belief import Array
-from autocompress.searchers.design import spread
+from autocompress.searchers.design import first
 from autocompress.searchers.fresh import Taken, numbered
 from autocompress.searchers.outlook import Beliefs, Outlook
 from autocompress.searchers.relaxed import Relaxed
@@ -56,7 +56,7 @@ class Gradient:
         self.numbers: set[int] = set()
         for i, trial in enumerate(facts.warm):
             self.beliefs.tell(-1 - i, trial)
-        self.first = spread(space, design, Random(f"{seed}:design"))
+        self.first = first(space, facts, self.goals, design, Random(f"{seed}:design"))
 
     def ask(self, number: int, pending: Sequence[Trial]) -> Proposal | None:
         """The next of the first designs, then where a descent ends; None when the space is exhausted."""

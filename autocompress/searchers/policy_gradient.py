@@ -24,7 +24,7 @@ from autocompress import space as sp
 from autocompress.pareto import Score
 from autocompress.searchers.agent import Agent
 from autocompress.searchers.belief import Array
-from autocompress.searchers.design import spread
+from autocompress.searchers.design import first
 from autocompress.searchers.fresh import Taken, numbered
 from autocompress.searchers.gradient import Front
 from autocompress.searchers.outlook import Beliefs, Outlook
@@ -74,7 +74,7 @@ class PolicyGradient:
         self.asked = 0
         for i, trial in enumerate(facts.warm):
             self.beliefs.tell(-1 - i, trial)
-        self.first = spread(space, design, Random(f"{seed}:design"))
+        self.first = first(space, facts, self.goals, design, Random(f"{seed}:design"))
 
     def ask(self, number: int, pending: Sequence[Trial]) -> Proposal | None:
         """The next of the first designs, then the agent's best walk; None when the space is exhausted."""
