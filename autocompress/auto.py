@@ -31,7 +31,7 @@ ORDER = ("replace", "prune", "lowrank", "quantize")  # of policy genes after the
 TIED = {"quantize": 1.0, "lowrank": 1.0, "replace": 1.0, "prune": 0.5}  # how soon an op's sites are tied
 ABOUT = "Derived from the network; edit it and name this file in the job's `space`"
 
-TAUGHT: Mapping[str, Choice] = {"weight": 0.7, "temperature": 3.0, "kind": "both"}
+TAUGHT: Mapping[str, Choice] = {"weight": 0.5, "temperature": 1.0, "kind": "both"}
 """How every candidate is taught, see `distill.Distillation`."""
 
 Choices = tuple[Choice, ...]

@@ -1,13 +1,15 @@
-"""After the search: the best few train on, one after another on all cores, as far as the kept time reaches.
+"""After the search: the best few train on, as far as the kept time reaches.
 
-Two rounds, as in successive halving (Jamieson and Talwalkar 2016): a few share the first part of the time alike, then
-the best of each goal has what is left. Who they are is decided by quality as it is expected at the highest rung that
-corrections lead to (`ranks`). All of it is journalled, so that an interrupted closing goes on where it was.
+As in successive halving (Jamieson and Talwalkar 2016) a few share the first part of the time, one on each worker; then
+the best of each goal has what is left, on all cores. Where threads do not pay (many small layers, a machine that
+others use), the few train side by side for the whole time. Who they are is decided by quality as it is expected at the
+highest rung that corrections lead to (`ranks`). All is journalled: an interrupted closing goes on where it was.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,30 +18,39 @@ from autocompress import pareto, ranks
 from autocompress.controller import Controller
 from autocompress.types import Assignment, Goal, Limit, Outcome, Quality, State, Trial, TrialFailure
 
-COUNT = 3  # of the first round, for each goal
-FIRST = 0.4  # of the time, for the first round
+COUNT = 3  # of the first round, for each goal, at least
+FIRST = 0.35  # of the time, for the first round
+PAYS = 0.6  # of a core's worth, that each further thread must bring
 MARK_S = 300.0  # a checkpoint at least so often
-SLACK = 0.95  # of the time is planned: quality, files and readings take some
+SLACK = 0.92  # of the time is planned: quality, files and readings take some
+WORTH = 0.1  # of the kept time: with less left there is no further round
 LEAST = 1e-4  # of the full training, that a trial goes on by in any case
 
 
-class Paced(Protocol):
+class Pace(Protocol):
     """What tells how fast training is here."""
 
-    def pace(self, assignment: Assignment) -> float:
+    def __call__(self, assignment: Assignment, threads: int) -> float:
         """Seconds of the full training of an assignment that has a checkpoint. Raises TrialFailure."""
         ...
 
 
 @dataclass(frozen=True)
 class Closing:
-    """Picks who goes on and how far; `run` does the trials that the controller then asks for."""
+    """Picks who goes on and how far. `together` and `alone` do the trials that the controller then asks for.
+
+    The former with one thread on each of `workers`, the latter one after another with `threads` threads.
+    """
 
     controller: Controller
     goals: tuple[Goal, ...]
     limit: Limit
-    evaluator: Paced
-    run: Callable[[], None]
+    pace: Pace
+    together: Callable[[], None]
+    alone: Callable[[], None]
+    workers: int = 1
+    threads: int = 1
+    crowded: Callable[[], bool] = lambda: os.getloadavg()[0] > (os.cpu_count() or 1)
     say: Callable[[str], None] = lambda _: None
 
     def go(self) -> None:
@@ -47,24 +58,30 @@ class Closing:
         controller = self.controller
         while not controller.stopped:
             if controller.rounds and not controller.finished:
-                self.run()
+                (self.together if controller.rounds == 1 else self.alone)()
             elif controller.rounds == 2 or not self.begin():
                 return
 
     def begin(self) -> bool:
         """Start the next round. False: there is nobody, or no time."""
         controller = self.controller
-        left = controller.cost.minutes * 60 - controller.elapsed
+        cost = controller.cost
+        left = cost.minutes * 60 - controller.elapsed
+        if left < WORTH * cost.final * cost.minutes * 60:
+            return False
         if controller.rounds == 0:
-            numbers = self.best(COUNT)
-            left *= FIRST if len(numbers) > len(self.goals) else 1.0
+            numbers = self.best(max(COUNT, self.workers))
+            if not numbers:
+                return False
+            waves = math.ceil(len(numbers) / self.workers)
+            each = left / waves
+            if len(numbers) > len(self.goals) and (self.workers == 1 or self.threads_pay(numbers[0])):
+                each *= FIRST
+            threads = 1 if self.workers > 1 else self.threads
         else:
             numbers = self.best(1, set(controller.in_finals))
-        paths: dict[int, tuple[float, ...]] = {}
-        for number in numbers:
-            path = self.path(number, SLACK * left / len(numbers))
-            if path:
-                paths[number] = path
+            each, threads = left / max(1, len(numbers)), self.threads
+        paths = {number: path for number in numbers if (path := self.path(number, SLACK * each, threads))}
         if not paths:
             return False
         told = ", ".join(f"#{number} to {path[-1]:.1%}" for number, path in paths.items())
@@ -72,14 +89,27 @@ class Closing:
         controller.finals(paths)
         return True
 
-    def path(self, number: int, seconds: float) -> tuple[float, ...]:
+    def threads_pay(self, number: int) -> bool:
+        """Whether all threads on one network are nearly as much as a network for each."""
+        if self.threads < 2 or self.crowded():
+            return False
+        assignment = self.controller.assignment(number)
+        try:
+            one, many = self.pace(assignment, 1), self.pace(assignment, self.threads)
+        except TrialFailure:
+            return False
+        gain = one / max(many, 1e-9)
+        self.say(f"{self.threads} threads train {gain:.2f} times as fast as one")
+        return gain >= 1 + PAYS * (self.threads - 1)
+
+    def path(self, number: int, seconds: float, threads: int) -> tuple[float, ...]:
         """Fidelities that a trial goes through in this time; empty where it has none, or its training is complete."""
         assignment = self.controller.assignment(number)
         at = assignment.rungs[assignment.start - 1]
         if seconds <= 0 or at >= 1:
             return ()
         try:
-            whole = self.evaluator.pace(assignment)
+            whole = self.pace(assignment, threads)
         except TrialFailure as failure:
             self.say(f"#{number} cannot go on: {failure}")
             return ()

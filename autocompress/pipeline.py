@@ -560,7 +560,7 @@ class Evaluator:
         except TrialFailure as failure:
             yield State.FAILED, path.outcome(reason=str(failure))
 
-    def pace(self, assignment: Assignment, steps: int = 12) -> float:
+    def pace(self, assignment: Assignment, steps: int = 6) -> float:
         """Seconds that the full training of an assignment with a checkpoint would take as this process is now.
 
         Raises TrialFailure.

@@ -369,11 +369,7 @@ class _Run:
                 controller = self.controller(journal, baseline, begun)
                 with self.stage("search"):
                     make = MakeEvaluator(self.parts, sha, plan.quiet, baseline.facts.bf16, exporter)
-                    if not controller.rounds:
-                        self.execute(controller, store, make, mine, station, session)
-                if controller.cost.final > 0 and not controller.stopped:
-                    with self.stage("final training"):
-                        self.close(controller, store, make, mine)
+                    self.execute(controller, store, make, mine, station, session)
                 return self.finish(controller, baseline, work, mine, store)
         finally:
             if journal is not None:
@@ -493,15 +489,8 @@ class _Run:
         """Run the trials, on Ray or one after another in this process."""
         self.live.note(mine.plan.why) if mine.plan.quiet else None
         self.live.stage("")
-        if self.serial or controller.finished:
-            later = Later(controller, mine, store, self.parts.budgets, self.live.note)
-            hear = self.hear(controller, later)
-            self.rounds(
-                controller,
-                later,
-                hear,
-                lambda: run_serial(controller, make(store, mine.measure, mine.kernels), hear, keep=store.put),
-            )
+        if self.serial or (controller.finished and controller.cost.final <= 0):
+            self.walk(controller, make, store, mine, None)
             return
         mine.close()  # its timing processes are started again when finalists are measured
         with ExitStack() as held:
@@ -510,26 +499,54 @@ class _Run:
                 held.enter_context(session)
             far = self.far(session, station)
             self.live.stage("")
-            later = Later(controller, far, store, self.parts.budgets, self.live.note)
-            hear = self.hear(controller, later)
-            evaluator = functools.partial(make, session.files, far.measure, far.kernels)
-            self.rounds(controller, later, hear, lambda: session.run(controller, evaluator, hear))
+            self.walk(controller, make, store, far, session)
             if controller.stopped:
                 self.live.stage("stopping: what is in flight runs again on resume; writing what was found")
 
-    def close(self, controller: Controller, store: Store, make: MakeEvaluator, mine: Station) -> None:
-        """Train the best few further, in this process and with all cores that trainers have."""
-        threads = len(mine.plan.trainers) or os.cpu_count() or 1
-        evaluator = replace(make, threads=threads)(store, mine.measure, mine.kernels)
+    def walk(
+        self,
+        controller: Controller,
+        make: MakeEvaluator,
+        store: Store,
+        stations: Station | ray_tune.RemoteStations,
+        session: ray_tune.Session | None,
+    ) -> None:
+        """The search, then the further training of the best few where time was kept for it."""
+        threads = torch.get_num_threads()
 
-        def run() -> None:
-            self.live.stage("")
-            later = Later(controller, mine, store, self.parts.budgets, self.live.note)
+        def here(count: int) -> Evaluator:
+            return replace(make, threads=count)(store, stations.measure, stations.kernels)
+
+        def alone(hear: Callable[[Event], None], count: int = threads) -> None:
+            run_serial(controller, here(count), hear, keep=store.put)
+
+        def together(hear: Callable[[Event], None]) -> None:
+            if session is None:
+                alone(hear, 1)
+            else:
+                far = functools.partial(make, session.files, stations.measure, stations.kernels)
+                session.run(controller, far, hear)
+
+        def go(run: Callable[[Callable[[Event], None]], None]) -> None:
+            later = Later(controller, stations, store, self.parts.budgets, self.live.note)
             hear = self.hear(controller, later)
-            self.rounds(controller, later, hear, lambda: run_serial(controller, evaluator, hear, keep=store.put))
+            self.rounds(controller, later, hear, lambda: run(hear))
 
-        limit = self.live.progress.limit
-        Closing(controller, self.parts.goals, limit, evaluator, run, self.live.note).go()
+        if not controller.rounds:
+            go(together)
+        if controller.cost.final > 0 and not controller.stopped:
+            Closing(
+                controller,
+                self.parts.goals,
+                self.live.progress.limit,
+                lambda assignment, threads: here(threads).pace(assignment),
+                lambda: go(together),
+                lambda: go(alone),
+                workers=1 if session is None else session.workers,
+                threads=threads,
+                say=self.live.note,
+            ).go()
+        torch.set_num_threads(threads)
 
     def far(
         self, session: ray_tune.Session, station: Callable[[Sequence[Profile]], Station]

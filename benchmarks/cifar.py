@@ -29,13 +29,14 @@ from typing import Any
 
 import torch
 from cifar10 import Cifar, resnet
-from oneshot import DISTILL, Bench, everywhere, pruned_by_hand
+from oneshot import Bench, everywhere, pruned_by_hand
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 import autocompress
 from autocompress import journal
+from autocompress.auto import TAUGHT
 from autocompress.devices.cores import plan_cores
 from autocompress.models.foreign import Foreign
 from autocompress.pipeline import release, weights_of
@@ -65,8 +66,7 @@ class Headline(Bench):
         super().__init__(asked.network, resnet(DEPTHS[asked.network]), EPOCHS, Cifar(), console, seed=asked.seed)
         self.asked = asked
         self.threads = len(plan_cores((self.profile,)).trainers) or os.cpu_count() or 1
-        if asked.workers:
-            self.threads = min(self.threads, asked.workers)
+        self.threads = asked.threads or self.threads
         self.out: Path = asked.out / asked.network
 
     def search(self, searcher: str) -> tuple[bytes, dict[str, Any]]:
@@ -136,7 +136,7 @@ class Headline(Bench):
                 seed=self.seed,
                 teacher=self.work.parent,
                 lr=lr,
-                **DISTILL.settings,  # pyright: ignore[reportArgumentType]
+                **TAUGHT,  # pyright: ignore[reportArgumentType]
             )
 
         if not plan.is_file():
@@ -224,6 +224,7 @@ def main() -> None:
     parser.add_argument("--smaller", type=float, default=10.0, help="the budget: times smaller than the fp32 file")
     parser.add_argument("--drop", type=float, default=0.5, help="points that may be lost")
     parser.add_argument("--workers", type=int, help="trials at once; default: all cores that are not the station's")
+    parser.add_argument("--threads", type=int, help="of trained arms; 1 on a machine that others use")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/cifar"))
     parser.add_argument("--json", type=Path)

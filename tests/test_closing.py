@@ -1,13 +1,14 @@
 """The best few train on after the search: who, how far, and that an interruption changes nothing."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from autocompress import journal as journals
-from autocompress.closing import Closing, marks
+from autocompress.closing import FIRST, SLACK, Closing, marks
 from autocompress.controller import Controller, Header, run_serial
 from autocompress.journal import Journal
 from autocompress.types import Assignment, Cost, Fidelity, Outcome, SearchPlan, State, UserError
@@ -20,6 +21,7 @@ class Kept(Closed):
     """As the closed form, with checkpoints; a whole training would take two hours."""
 
     whole = 7200.0
+    threaded = False
 
     def __init__(self, fall: int = 10**6) -> None:
         super().__init__()
@@ -33,9 +35,9 @@ class Kept(Closed):
                 raise KeyboardInterrupt
             yield state, outcome.model_copy(update={"files": more})
 
-    def pace(self, assignment: Assignment) -> float:
+    def pace(self, assignment: Assignment, threads: int) -> float:
         assert assignment.checkpoint == "c"
-        return self.whole
+        return self.whole / (threads if self.threaded else 1)
 
 
 def header(minutes: float = 60.0, trials: int = 14) -> Header:
@@ -45,7 +47,11 @@ def header(minutes: float = 60.0, trials: int = 14) -> Header:
 
 def closing(controller: Controller, evaluator: Any) -> Closing:
     h = header()
-    return Closing(controller, h.goals, h.limit, evaluator, lambda: run_serial(controller, evaluator))
+
+    def run() -> None:
+        run_serial(controller, evaluator)
+
+    return Closing(controller, h.goals, h.limit, evaluator.pace, run, run)
 
 
 def whole(path: Path) -> Controller:
@@ -69,9 +75,9 @@ def test_nobody_is_trained_fully_in_the_search_and_the_best_are_after_it(tmp_pat
     before = [t.outcome.quality["p"].value.value for t in done]
     best = max(done, key=lambda trial: trial.outcome.fidelity)
     assert best.outcome.quality["p"].value.value == max(before)
-    # an hour: two fifths of it for three, then (the clock stands still) the whole for one; a twentieth is left alone
-    first = 0.2 + 0.95 * 0.4 / 3 / 2
-    assert sorted(t.outcome.fidelity for t in done) == pytest.approx([first, first, first + 0.95 / 2], abs=1e-5)
+    # an hour: a part of it for three, then (the clock stands still) the whole for one
+    first = 0.2 + SLACK * FIRST / 3 / 2
+    assert sorted(t.outcome.fidelity for t in done) == pytest.approx([first, first, first + SLACK / 2], abs=1e-5)
     assert controller.finished
 
 
@@ -91,6 +97,23 @@ def test_an_interrupted_closing_goes_on(tmp_path: Path, after: int) -> None:
         t.number: t.outcome for t in Controller.resume(Journal.open(path), Learner).trials
     }
     assert story(other)[-1] == story(path)[-1]
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_where_threads_do_not_pay_the_few_train_side_by_side(tmp_path: Path, threaded: bool) -> None:
+    controller = Controller.begin(
+        Journal.create(tmp_path / "journal.jsonl", header().event()), Learner, clock=lambda: 0.0
+    )
+    evaluator = Kept()
+    evaluator.threaded = threaded
+    run_serial(controller, evaluator)
+    made = replace(closing(controller, evaluator), workers=3, threads=3, crowded=lambda: False)
+    assert made.begin()
+    share = FIRST if threaded else 1.0
+    for number in controller.in_finals:
+        assert controller.assignment(number).rungs[-1] == pytest.approx(0.2 + SLACK * share / 2, abs=1e-5)
+    assert len(controller.in_finals) == 3
+    controller.journal.close()
 
 
 def test_marks_are_near_enough() -> None:
