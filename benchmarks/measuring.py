@@ -320,7 +320,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="folder of files and readings, to go on from")
     parser.add_argument("--apart", type=float, default=3600.0, help="seconds between the beginnings of two passes")
     parser.add_argument("--quiet-seconds", type=float, default=60.0, help="of one quiet reading")
-    parser.add_argument("--models", type=int, default=30, help="files measured twice")
+    parser.add_argument("--models", type=int, default=30, help="files measured twice; 0: the latency model alone")
     parser.add_argument(
         "--fit", type=int, default=200, help="files of each network for the latency model; 0: leave out"
     )
@@ -355,7 +355,8 @@ def main() -> None:
                 for name, count in share.items():
                     lab.readings(phase, name, count)
                 tell(f"{phase} is over")
-    lab.exposed("resnet56")
+    if arguments.models:
+        lab.exposed("resnet56")
     for phase in ("quiet1", "quiet2"):
         for name, count in share.items():
             lab.quiet(phase, name, count, arguments.quiet_seconds)
