@@ -143,7 +143,10 @@ def subject(name: str, profile: Profile) -> Subject:
     whole = auto.space(builder, multiple=profile.channel_multiple)
     genes = tuple(gene for gene in whole.genes if gene.op not in WITHOUT)
     return Subject(
-        name, work, whole.model_copy(update={"genes": genes}), export.compose(export_float(work, work.parent))
+        name,
+        work,
+        whole.model_copy(update={"genes": genes, "always": ()}),
+        export.compose(export_float(work, work.parent)),
     )
 
 
