@@ -38,6 +38,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.")  # before every name: DataParalle
 INNER = (".module.", "._orig_mod.")  # the same inside a name, where a part alone was wrapped
 SAVE = "save the weights alone, by torch.save(network.state_dict(), FILE) or as .safetensors"
 MODEL, WEIGHTS = "model.onnx", "weights.safetensors"  # in OUT/baseline
+ELASTIC = "elastic.safetensors"  # there, too: weights that candidates of other structure begin with
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

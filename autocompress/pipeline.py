@@ -134,6 +134,13 @@ class Work:
     exporter: exporting.Exporter = "torchscript"
     gate: Gate = field(default_factory=OpenGate)
     bf16: bool | None = None  # how candidates train; None: by what the processor can do
+    donor: nn.Module | None = None  # an elastic parent: whose weights other structures begin with instead
+
+    def source(self, candidate: Candidate) -> nn.Module:
+        """Whose weights a candidate begins with: what keeps the parent's structure keeps its weights."""
+        other = any(self.builder.knobs.get(knob) != choice for knob, choice in candidate.arch.items())
+        other = other or bool(ordered(candidate.policy, self.ops, "structure"))
+        return self.donor if self.donor is not None and other else self.parent
 
     @property
     def opset(self) -> int:
@@ -268,7 +275,7 @@ def shape(
     """
     memory.check(memory.TRIAL * (size := memory.module_bytes(work.parent)), f"a candidate of {size / 1e9:.1f} GB")
     module = work.builder.build(candidate.arch)
-    work.builder.inherit(module, work.parent, candidate.arch)
+    work.builder.inherit(module, work.source(candidate), candidate.arch)
     look("inherited", module)
     receipts: list[Receipt] = []
     instruments: list[Receipt] = []
@@ -598,7 +605,7 @@ class _Path:
     @property
     def cycles(self) -> tuple[float, ...]:
         """Where the learning rate has come down: at every rung, if nothing else is said."""
-        return self.assignment.cycles or self.assignment.rungs
+        return tuple(share for share in self.assignment.cycles or self.assignment.rungs if share > 0)
 
     def walk(self) -> Iterator[tuple[State, Outcome]]:
         assignment, policy = self.assignment, self.assignment.candidate.policy

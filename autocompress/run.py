@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from autocompress.devices import AllAway, Unreachable, host_of
 from autocompress.devices.cores import CorePlan, keep_to, plan_cores
 from autocompress.devices.gate import Gate
 from autocompress.devices.station import Station
+from autocompress.elastic import train as train_shared
 from autocompress.export import EXPORTERS, Exporter
 from autocompress.finals import FINALISTS, Finals
 from autocompress.journal import Event, Journal, began
@@ -32,6 +34,7 @@ from autocompress.journal import read as read_journal
 from autocompress.later import Later
 from autocompress.models import Builder
 from autocompress.parent import (
+    ELASTIC,
     WEIGHTS,
     Baseline,
     export_baseline,
@@ -51,6 +54,7 @@ from autocompress.pipeline import (
     frozen,
     load_weights,
     missed,
+    weights_of,
 )
 from autocompress.pipeline import Gate as WorkGate
 from autocompress.probe import probe as try_choices
@@ -67,6 +71,8 @@ from autocompress.types import (
     Outcome,
     Profile,
     QualityLimit,
+    SearchPlan,
+    Shared,
     Space,
     State,
     Trial,
@@ -95,6 +101,7 @@ class MakeEvaluator:
     bf16: bool | None = None
     exporter: Exporter = "torchscript"  # one per run: the two give different graphs and names
     threads: int = 1
+    donor: str = ""  # sha256 of an elastic parent's weights
 
     def __call__(self, files: Files, measure: Measure, weigh: Weigh) -> Evaluator:
         """Called once per worker process."""
@@ -102,6 +109,7 @@ class MakeEvaluator:
         parent = load_weights(self.parts.builder.build({}), files.get(self.parent))
         gate: WorkGate = Gate() if self.quiet else OpenGate()
         work = make_work(self.parts, parent, gate, bf16=self.bf16, exporter=self.exporter)
+        work = with_donor(work, files.get(self.donor) if self.donor else None)
         search = self.parts.job.search
         weighs = weigh if search.screen else None  # it holds the station for some 10 ms per kernel that is new
         return Evaluator(work, self.parts.budgets, files, measure, weighs, patience=search.patience * 60)
@@ -127,6 +135,11 @@ def make_work(
         gate=gate or OpenGate(),
         bf16=bf16,
     )
+
+
+def with_donor(work: Work, weights: bytes | None) -> Work:
+    """The same with an elastic parent of these weights (safetensors), if there is one."""
+    return work if weights is None else replace(work, donor=load_weights(work.builder.build({}), weights).eval())
 
 
 def run(
@@ -227,6 +240,7 @@ def search(
     final: float = 0.0,
     fidelity: Fidelity | Mapping[str, Any] | None = None,
     probe: float = 60.0,
+    elastic: float = 0.0,
     out: str | Path = "runs/search",
     address: str | None = None,
     serial: bool = False,
@@ -241,10 +255,11 @@ def search(
 
     `model` may be a network of your own with its trained weights (an nn.Module); `options` and `data` are what a named
     model and task take, `epochs` how long a model without weights is trained first. The space is derived from the
-    network (`auto`) and probed for at most `probe` seconds, unless it is the built-in one. Of the `minutes` the share
-    `final` is kept for the last rung, to which the best few alone are trained, one after another on all cores.
-    `screen` leaves unmeasured what is predicted to be far over every budget, `patience` is how many minutes to wait for
-    devices that are away. Budgets, quality and fidelity are the records of a job file or mappings of their fields.
+    network (`auto`) and probed for at most `probe` seconds, unless it is the built-in one; for `elastic` minutes
+    structures of it learn to share the parent's weights before the search. Of the `minutes` the share `final` is kept
+    for the last rung, to which the best few alone are trained, one after another on all cores. `screen` leaves
+    unmeasured what is predicted to be far over every budget, `patience` is how many minutes to wait for devices that
+    are away. Budgets, quality and fidelity are the records of a job file or mappings of their fields.
     """
     if space is None:
         space = "convnet" if model == "convnet" else auto.NAME
@@ -268,6 +283,7 @@ def search(
             "fidelity": {} if fidelity is None else _plain(fidelity),
             "cost": {"trials": trials, "minutes": minutes, "final": final},
             "probe": probe,
+            "elastic": elastic,
             "workers": workers,
             "screen": screen,
             "patience": patience,
@@ -367,8 +383,11 @@ class _Run:
                     except Unreachable as gone:
                         raise UserError(f"{gone}; a search begins with a reading on every device") from gone
                 controller = self.controller(journal, baseline, begun)
+                shared = baseline.facts.shared
+                donor = store.put((self.out / "baseline" / ELASTIC).read_bytes()) if shared else ""
+                work = with_donor(work, store.get(donor) if donor else None)
                 with self.stage("search"):
-                    make = MakeEvaluator(self.parts, sha, plan.quiet, baseline.facts.bf16, exporter)
+                    make = MakeEvaluator(self.parts, sha, plan.quiet, baseline.facts.bf16, exporter, donor=donor)
                     self.execute(controller, store, make, mine, station, session)
                 return self.finish(controller, baseline, work, mine, store)
         finally:
@@ -391,6 +410,7 @@ class _Run:
     def begin(self, journal: Journal | None, work: Work, station: Station, key: str) -> tuple[Baseline, Journal]:
         """The baseline and the journal: measured and created, or as the journal has them."""
         if journal is None:
+            plan = self.parts.job.search
             self.live.stage("measuring the baseline")
             baseline = measure_baseline(self.parts, work, station, self.out / "baseline", key)
             with strangers(self.parts.builder.name), one_thread():  # as the workers train
@@ -398,11 +418,13 @@ class _Run:
             baseline = replace(baseline, facts=baseline.facts.model_copy(update={"bf16": faster}))
             if self.derived:
                 baseline = self.derive(baseline, work)
+            if plan.elastic > 0:
+                baseline, plan = self.share(baseline, replace(work, bf16=faster), plan)
             first = Header(
                 space=self.parts.space,
                 goals=self.parts.goals,
                 limit=baseline.limit,
-                plan=self.parts.job.search,
+                plan=plan,
                 facts=baseline.facts,
                 more={"job": self.parts.job.model_dump(mode="json"), "exporter": work.exporter},
             )
@@ -436,6 +458,40 @@ class _Run:
         file = auto.written(self.parts.space, self.parts.builder)
         write_atomic(self.out / "space.yaml", spacefile.text(file).encode())
         return baseline
+
+    def share(self, baseline: Baseline, work: Work, plan: SearchPlan) -> tuple[Baseline, SearchPlan]:
+        """Train an elastic parent, and let slices of it be a rung of their own where they rank as training does."""
+        with self.stage("elastic parent"):
+            self.live.stage("sharing the parent's weights")
+            threads = torch.get_num_threads()
+            found = train_shared(
+                work,
+                self.parts.space,
+                baseline.facts,
+                self.parts.goals,
+                seconds=60 * plan.elastic,
+                seed=plan.seed,
+                step=self.live.step,
+            )
+            torch.set_num_threads(threads)
+        if found is None:
+            self.live.note("no elastic parent: too few choices of this space only take away from the network")
+            return baseline, plan
+        self.live.note(str(found))
+        weights = weights_of(found.module)
+        write_atomic(self.out / "baseline" / ELASTIC, weights)
+        shared = Shared(
+            weights=hashlib.sha256(weights).hexdigest(),
+            structures=found.structures,
+            steps=found.steps,
+            agreement=found.agreement,
+            decides=found.decides,
+        )
+        if found.decides and plan.fidelity.rungs[0] > 0:
+            rungs = plan.fidelity.model_copy(update={"rungs": (0.0, *plan.fidelity.rungs)})
+            plan = plan.model_copy(update={"fidelity": rungs})
+            self.live.progress.plan = plan
+        return replace(baseline, facts=baseline.facts.model_copy(update={"shared": shared})), plan
 
     def check_same(self, known: Header) -> None:
         """A resumed run must be of the same network; another host is said, since its readings do not compare."""

@@ -381,6 +381,16 @@ class Probed(Record):
     why: str = ""  # it left the space, or was not tried, one line
 
 
+class Shared(Record):
+    """An elastic parent, whose weights other structures than the parent's begin with."""
+
+    weights: str  # sha256
+    structures: int  # that shared them in training
+    steps: int
+    agreement: float | None = None  # rank correlation of untrained slices with trained candidates; None: not looked at
+    decides: bool = False  # slices are a rung of their own: they decide who is trained
+
+
 class Facts(Record):
     """Frozen inputs of a search, kept in the journal's header."""
 
@@ -394,6 +404,7 @@ class Facts(Record):
     versions: dict[str, str] = {}
     warm: tuple[Trial, ...] = ()  # trials of earlier runs of the same space
     probe: tuple[Probed, ...] = ()  # of a derived space, before the choices that never pay left it
+    shared: Shared | None = None
 
 
 # --- receipts -------------------------------------------------------------------------------------------------------
@@ -462,7 +473,10 @@ class Cost(Record):
 
 
 class Fidelity(Record):
-    """Rungs of training. `full_epochs` is what fidelity 1 means; `rungs` are fidelities, ascending, ending in 1."""
+    """Rungs of training. `full_epochs` is what fidelity 1 means; `rungs` are fidelities, ascending, ending in 1.
+
+    At a rung of 0 a candidate is judged as it is cut, before any training.
+    """
 
     full_epochs: Positive = 10.0
     rungs: tuple[Share, ...] = (0.3, 1.0)
@@ -470,8 +484,8 @@ class Fidelity(Record):
 
     @model_validator(mode="after")
     def _ascending(self) -> Fidelity:
-        if not self.rungs or list(self.rungs) != sorted(set(self.rungs)) or self.rungs[-1] != 1.0 or self.rungs[0] <= 0:
-            raise ValueError("`rungs` must ascend, start above 0 and end in 1.0, e.g. [0.3, 1.0]")
+        if not self.rungs or list(self.rungs) != sorted(set(self.rungs)) or self.rungs[-1] != 1.0:
+            raise ValueError("`rungs` must ascend and end in 1.0, e.g. [0.3, 1.0]")
         return self
 
 
@@ -487,6 +501,7 @@ class SearchPlan(Record):
     patience: float = Field(default=30.0, ge=0, allow_inf_nan=False)  # minutes to wait for devices that are away
     screen: bool = False  # leave unmeasured what is predicted to be far over every budget; by default all is measured
     probe: float = Field(default=60.0, ge=0, allow_inf_nan=False)  # seconds at most, for `space: auto` alone; 0: none
+    elastic: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # minutes for an elastic parent; 0: none
 
     @model_validator(mode="after")
     def _something_before_the_last(self) -> SearchPlan:
