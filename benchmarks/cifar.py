@@ -52,7 +52,7 @@ ARMS = {
 }
 RESERVE = 4.0  # of the minutes: start, probe, certificates
 EPOCHS = 200.0  # more than any time here allows: a training goes as far along as its minutes reach
-RUNGS = (0.00125, 0.006, 1.0)  # a quarter of an epoch, then more than one
+RUNGS = (0.002, 1.0)  # after the slices of an elastic parent less than half an epoch; the rest is for the best few
 FINAL = 0.6  # of the search's minutes
 MARK_S = 120.0  # a training arm is saved at least so often
 SLACK = 0.97
@@ -114,10 +114,11 @@ class Headline(Bench):
             searcher=searcher,
             seed=self.asked.seed,
             trials=10_000,
-            minutes=max(1.0, self.asked.minutes - RESERVE),
+            minutes=max(1.0, self.asked.minutes * (1 - self.asked.elastic) - RESERVE),
             final=FINAL,
             fidelity={"full_epochs": EPOCHS, "rungs": RUNGS, "keep": 0.25},
             probe=60.0,
+            elastic=self.asked.elastic * self.asked.minutes,
             workers=self.asked.workers,
             out=out,
             console=self.console,
@@ -223,6 +224,7 @@ def main() -> None:
     parser.add_argument("--speedup", type=float, default=5.0, help="the budget: times faster than fp32")
     parser.add_argument("--smaller", type=float, default=10.0, help="the budget: times smaller than the fp32 file")
     parser.add_argument("--drop", type=float, default=0.5, help="points that may be lost")
+    parser.add_argument("--elastic", type=float, default=0.2, help="share of the minutes for an elastic parent")
     parser.add_argument("--workers", type=int, help="trials at once; default: all cores that are not the station's")
     parser.add_argument("--threads", type=int, help="of trained arms; 1 on a machine that others use")
     parser.add_argument("--seed", type=int, default=0)
