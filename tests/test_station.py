@@ -21,12 +21,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from autocompress import pareto
+from autocompress import load, pareto
 from autocompress.controller import Controller, run_serial
 from autocompress.devices import Unreachable, host_of
 from autocompress.devices.cores import plan_cores
 from autocompress.devices.station import Station
+from autocompress.finals import Finals
 from autocompress.journal import Event, Journal
+from autocompress.models.convnet import ConvNet
 from autocompress.parts import make_searcher
 from autocompress.run import resume, run
 from autocompress.rungs import Ladder
@@ -39,6 +41,8 @@ from autocompress.types import (
     Limit,
     Outcome,
     Profile,
+    QualityLimit,
+    Space,
     State,
     TrialFailure,
     UserError,
@@ -200,7 +204,6 @@ while True:
 """
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_searches_never_measure_at_once_on_a_host_and_a_killed_one_lets_go(baseline: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
@@ -348,13 +351,42 @@ def test_places_at_a_rung_are_those_of_complete_readings() -> None:
 # --- a search whose device vanishes ------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Certificates of two short sessions: what they are worth is for other tests."""
+    monkeypatch.setattr("autocompress.run.Finals", partial(Finals, sessions_each=2))
+    monkeypatch.setattr(Station.session, "__defaults__", (0.2,))
+
+
+def thin() -> ConvNet:
+    """Half as wide as that of `small_search`."""
+    return ConvNet(arch={"resolution": 8, "width.0": 8, "width.1": 16, "width.2": 32})
+
+
+def space(folder: Path) -> Space:
+    """The one of `small_search`, for the thin network."""
+    (folder / "small.yaml").write_text(small_search.SPACE)
+    return load.space(folder / "small.yaml", thin())
+
+
 def asked(tmp_path: Path, *names: str, trials: int = 5, patience: float = 1.0, **plan: Any) -> Job:
-    """Two devices, or one, with budgets that any candidate meets."""
+    """Two devices, or one, with budgets that any candidate meets; trained for as little as can be."""
     budgets = tuple(Budget(profile=name, speedup=0.05) for name in names)
-    made = small_search.job(tmp_path / "out", patience=patience, **plan)
+    brief = Fidelity(full_epochs=0.2, rungs=(0.5, 1.0), keep=1.0)
+    made = small_search.job(tmp_path / "out", patience=patience, fidelity=brief, **plan)
     cost = made.search.cost.model_copy(update={"trials": trials})
     search = made.search.model_copy(update={"cost": cost})
-    return made.model_copy(update={"devices": budgets, "search": search})
+    model = made.model.model_copy(update={"epochs": 0.5})
+    quality = QualityLimit(min=0.0)
+    return made.model_copy(update={"devices": budgets, "search": search, "model": model, "quality": quality})
+
+
+def judged(found: Summary) -> dict[str, str]:
+    """Goal -> why its best is not certified, but for what a busy machine does to short sessions; empty: it is."""
+    reasons = {goal: one.reason for goal, one in found.closest.items()}
+    return {
+        goal: "" if "noisy" in reasons.get(goal, "") else reasons.get(goal, "") for goal in (*found.winners, *reasons)
+    }
 
 
 def events(out: Path) -> list[dict[str, Any]]:
@@ -366,29 +398,36 @@ def done(out: Path) -> list[int]:
     return [e["number"] for e in events(out) if e["state"] == "done" and "late" not in e and e["number"] > 0]
 
 
+def missed(out: Path) -> list[int]:
+    """Trials that ended without a reading of the device."""
+    ended = [e for e in events(out) if e["state"] == "done"]
+    return [e["number"] for e in ended if "later:alpha" in e.get("outcome", {}).get("files", {})]
+
+
 def searched(job: Job, tmp_path: Path, words: StringIO, **how: Any) -> Summary:
     console = Console(file=words, width=200, emoji=False)
-    return run(job, builder=small_search.builder(), space=small_search.space(tmp_path), console=console, **how)
+    return run(job, builder=thin(), space=space(tmp_path), console=console, **how)
 
 
 def replayed(out: Path) -> Controller:
     return Controller.resume(Journal.open(out / "journal.jsonl"), make_searcher)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("serial", [True, False])
-def test_a_search_goes_on_without_a_device_and_completes_what_it_missed(tmp_path: Path, serial: bool) -> None:
+@pytest.mark.parametrize("serial", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_search_goes_on_without_a_device_and_completes_what_it_missed(
+    tmp_path: Path, serial: bool, quick: None
+) -> None:
     board(tmp_path, "alpha")
     out, cable, words = tmp_path / "out", tmp_path / "alpha" / "cut", StringIO()
 
     def cut() -> None:
         until(lambda: done(out))
         cable.touch()
-        until(lambda: len(done(out)) > 2)
+        until(lambda: missed(out))
         cable.unlink()
 
-    trials = 6
+    trials = 5
     threading.Thread(target=cut, daemon=True).start()
     job = asked(tmp_path, "local-1t", str(tmp_path / "alpha.yaml"), trials=trials, workers=2)
     found = searched(job, tmp_path, words, serial=serial)
@@ -411,13 +450,13 @@ def test_a_search_goes_on_without_a_device_and_completes_what_it_missed(tmp_path
     assert all({"alpha", "local-1t"} <= set(trial.outcome.readings) for trial in ended)
     assert words.getvalue().count("alpha is away, its queue pauses") == 1
     assert words.getvalue().count("alpha is back") == 1
-    assert set(found.winners) == {"local-1t", "alpha", "all-devices"}
+    assert judged(found) == {"local-1t": "", "alpha": "", "all-devices": ""}
     controller.journal.close()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_with_its_only_device_away_a_search_waits_then_stops_and_resumes(tmp_path: Path) -> None:
+def test_with_its_only_device_away_a_search_waits_then_stops_and_resumes(tmp_path: Path, quick: None) -> None:
     board(tmp_path, "alpha")
     out, cable, words = tmp_path / "out", tmp_path / "alpha" / "cut", StringIO()
 
@@ -426,32 +465,30 @@ def test_with_its_only_device_away_a_search_waits_then_stops_and_resumes(tmp_pat
         cable.touch()
 
     threading.Thread(target=cut, daemon=True).start()
-    job = asked(tmp_path, str(tmp_path / "alpha.yaml"), trials=4, patience=0.05)
+    job = asked(tmp_path, str(tmp_path / "alpha.yaml"), trials=3, patience=0.02)
     found = searched(job, tmp_path, words, serial=True)
     assert found.state == "interrupted"
-    assert "no device has answered for 0.05 minutes (alpha: alpha cannot be reached" in words.getvalue()
+    assert "no device has answered for 0.02 minutes (alpha: alpha cannot be reached" in words.getvalue()
     assert not [e for e in events(out) if e["state"] == "failed"]
     assert "alpha was away (alpha cannot be reached: the cable is out)" in found.closest["alpha"].reason
     before = done(out)
     cable.unlink()
-    space = small_search.space(tmp_path)
-    again = resume(out, builder=small_search.builder(), space=space, serial=True, console=Console(quiet=True))
+    again = resume(out, builder=thin(), space=space(tmp_path), serial=True, console=Console(quiet=True))
     assert again.state == "finished"
-    assert set(again.winners) == {"alpha"}
+    assert judged(again) == {"alpha": ""}
     assert done(out)[: len(before)] == before
-    assert [e["number"] for e in events(out) if e.get("why") == "new"] == [1, 2, 3, 4]
+    assert [e["number"] for e in events(out) if e.get("why") == "new"] == [1, 2, 3]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_with_its_only_device_away_for_a_while_a_search_waits_and_loses_nothing(tmp_path: Path) -> None:
+def test_with_its_only_device_away_for_a_while_a_search_waits_and_loses_nothing(tmp_path: Path, quick: None) -> None:
     board(tmp_path, "alpha")
     out, cable, words = tmp_path / "out", tmp_path / "alpha" / "cut", StringIO()
 
     def cut() -> None:
         until(lambda: done(out))
         cable.touch()
-        time.sleep(4.0)
+        time.sleep(2.0)
         cable.unlink()
 
     threading.Thread(target=cut, daemon=True).start()
@@ -459,12 +496,14 @@ def test_with_its_only_device_away_for_a_while_a_search_waits_and_loses_nothing(
     assert found.state == "finished"
     assert words.getvalue().count("alpha is away") == 1
     assert [e["number"] for e in events(out) if e["state"] == "running"] == [1, 2, 3]
-    assert set(found.winners) == {"alpha"}
+    assert judged(found) == {"alpha": ""}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_device_that_stays_away_is_named_by_the_certificate_and_measured_on_resume(tmp_path: Path) -> None:
+def test_a_device_that_stays_away_is_named_by_the_certificate_and_measured_on_resume(
+    tmp_path: Path, quick: None
+) -> None:
     board(tmp_path, "alpha")
     out, cable, words = tmp_path / "out", tmp_path / "alpha" / "cut", StringIO()
 
@@ -473,17 +512,17 @@ def test_a_device_that_stays_away_is_named_by_the_certificate_and_measured_on_re
         cable.touch()
 
     threading.Thread(target=cut, daemon=True).start()
-    job = asked(tmp_path, "local-1t", str(tmp_path / "alpha.yaml"), trials=4, patience=0.05)
+    job = asked(tmp_path, "local-1t", str(tmp_path / "alpha.yaml"), trials=3, patience=0.02)
     found = searched(job, tmp_path, words, serial=True)
-    assert set(found.winners) == {"local-1t"}
-    assert set(found.closest) == {"alpha", "all-devices"}
-    assert all("alpha was away" in closest.reason for closest in found.closest.values())
+    reasons = judged(found)
+    assert reasons.pop("local-1t") == ""
+    assert set(reasons) == {"alpha", "all-devices"}
+    assert all("alpha was away" in reason for reason in reasons.values())
     assert "alpha stayed away" in words.getvalue()
     assert [e for e in events(out) if "later:alpha" in e.get("outcome", {}).get("files", {})]
     cable.unlink()
-    space = small_search.space(tmp_path)
-    again = resume(out, builder=small_search.builder(), space=space, serial=True, console=Console(quiet=True))
-    assert set(again.winners) == {"local-1t", "alpha", "all-devices"}
+    again = resume(out, builder=thin(), space=space(tmp_path), serial=True, console=Console(quiet=True))
+    assert judged(again) == {"local-1t": "", "alpha": "", "all-devices": ""}
     assert [e for e in events(out) if "late" in e]
 
 
