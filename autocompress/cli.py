@@ -120,6 +120,9 @@ def search(
     trials: Annotated[int | None, typer.Option(help="How many candidates at most.")] = None,
     minutes: Annotated[float | None, typer.Option(help="How long the search may take.")] = None,
     workers: Annotated[int | None, typer.Option(help="Candidates evaluated at the same time.")] = None,
+    warm: Annotated[
+        list[str] | None, typer.Option(metavar="OUT", help="Begin with an earlier search's trials; may be repeated.")
+    ] = None,
     address: Address = None,
     serial: Serial = False,
     as_is: AsIs = False,
@@ -135,6 +138,7 @@ def search(
             "search.cost.trials": trials,
             "search.cost.minutes": minutes,
             "search.workers": workers,
+            "search.warm": warm or None,
         },
     )
     if as_is:

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from autocompress import auto, live, onnxfile, pareto, ranks, ray_tune, reader, report, spacefile, summary
+from autocompress import auto, earlier, live, onnxfile, pareto, ranks, ray_tune, reader, report, spacefile, summary
 from autocompress.artifact import versions
 from autocompress.closing import Closing
 from autocompress.controller import Controller, Header, header, run_serial
@@ -162,6 +162,8 @@ def run(
     plan_cores(made.profiles)  # a host that is too small is said before anything is written
     if began(out / "journal.jsonl"):
         raise UserError(f"{out} holds another run: `autocompress resume {out}`, or choose another folder by --out")
+    for path in job.search.warm:
+        earlier.events(path)
     make_folder(out, "choose another folder by --out")
     if task is not None or builder is not None or not _same_parent(out / "job.json", job):
         (out / "baseline" / WEIGHTS).unlink(missing_ok=True)  # of a start that another job made and gave up
@@ -241,6 +243,7 @@ def search(
     fidelity: Fidelity | Mapping[str, Any] | None = None,
     probe: float = 60.0,
     elastic: float = 0.0,
+    warm: Sequence[str | Path] = (),
     out: str | Path = "runs/search",
     address: str | None = None,
     serial: bool = False,
@@ -256,7 +259,8 @@ def search(
     `model` may be a network of your own with its trained weights (an nn.Module); `options` and `data` are what a named
     model and task take, `epochs` how long a model without weights is trained first. The space is derived from the
     network (`auto`) and probed for at most `probe` seconds, unless it is the built-in one; for `elastic` minutes
-    structures of it learn to share the parent's weights before the search. Of the `minutes` the share `final` is kept
+    structures of it learn to share the parent's weights before the search. `warm` names folders of earlier runs, of
+    this or another network or device, whose trials the searcher begins with. Of the `minutes` the share `final` is kept
     for the last rung, to which the best few alone are trained, one after another on all cores. `screen` leaves
     unmeasured what is predicted to be far over every budget, `patience` is how many minutes to wait for devices that
     are away. Budgets, quality and fidelity are the records of a job file or mappings of their fields.
@@ -284,6 +288,7 @@ def search(
             "cost": {"trials": trials, "minutes": minutes, "final": final},
             "probe": probe,
             "elastic": elastic,
+            "warm": [str(path) for path in warm],
             "workers": workers,
             "screen": screen,
             "patience": patience,
@@ -418,6 +423,11 @@ class _Run:
             baseline = replace(baseline, facts=baseline.facts.model_copy(update={"bf16": faster}))
             if self.derived:
                 baseline = self.derive(baseline, work)
+            if plan.warm:
+                known = earlier.trials(plan.warm, self.parts.space, baseline.facts)
+                for note in known.notes:
+                    self.live.note(note)
+                baseline = replace(baseline, facts=baseline.facts.model_copy(update={"warm": known.trials}))
             if plan.elastic > 0:
                 baseline, plan = self.share(baseline, replace(work, bf16=faster), plan)
             first = Header(

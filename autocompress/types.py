@@ -402,7 +402,7 @@ class Facts(Record):
     bf16: bool | None = None  # whether a training step in bfloat16 was faster here; None: not tried
     fingerprints: dict[str, dict[str, Any]] = {}  # device fingerprints by their short hash
     versions: dict[str, str] = {}
-    warm: tuple[Trial, ...] = ()  # trials of earlier runs of the same space
+    warm: tuple[Trial, ...] = ()  # of earlier runs, in the words of this space; notes say whose
     probe: tuple[Probed, ...] = ()  # of a derived space, before the choices that never pay left it
     shared: Shared | None = None
 
@@ -501,6 +501,7 @@ class SearchPlan(Record):
     patience: float = Field(default=30.0, ge=0, allow_inf_nan=False)  # minutes to wait for devices that are away
     screen: bool = False  # leave unmeasured what is predicted to be far over every budget; by default all is measured
     probe: float = Field(default=60.0, ge=0, allow_inf_nan=False)  # seconds at most, for `space: auto` alone; 0: none
+    warm: tuple[str, ...] = ()  # folders or journals of earlier runs whose trials it begins with
     elastic: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # minutes for an elastic parent; 0: none
 
     @model_validator(mode="after")

@@ -112,7 +112,7 @@ class Fit:
 
     coding: Coding
     rows: Array  # (n, width)
-    half: Array  # (n,) how far below full fidelity
+    doubt: Array  # (n,) variance of each beyond the noise, of 1
     y: Array  # (n,) standardised
     offset: float
     scale: float
@@ -134,7 +134,7 @@ class Fit:
         shared, own = self._columns()
         slope = shared @ rng.standard_normal(shared.shape[1]) + own * rng.standard_normal(len(own))
         slope *= width * math.sqrt(self.signal)
-        noise = width * math.sqrt(self.signal * self.noise)
+        noise = width * np.sqrt(self.signal * (self.noise + self.doubt))
         sampled = self.rows @ slope + noise * rng.standard_normal(len(self.y))
         return self._guess(slope, _solve(self.root, self.y - sampled))
 
@@ -153,14 +153,24 @@ class Fit:
         return Guess(constant, self.scale * slope, across, self.scale * pull, self.curved)
 
 
-def fit(coding: Coding, rows: Array, y: Array, half: Array | None = None, like: Fit | None = None) -> Fit:
-    """Fit to `y` (n,) at `rows` (n, width), n >= 1; `half` (n,) is how far each lies below full fidelity.
+def fit(
+    coding: Coding,
+    rows: Array,
+    y: Array,
+    beside: Array | None = None,
+    like: Fit | None = None,
+    doubt: Array | None = None,
+) -> Fit:
+    """Fit to `y` (n,) at `rows` (n, width), n >= 1.
 
-    With `like` its hyperparameters are taken over instead of being chosen anew.
+    `beside` (n, k) is what else `y` depends on, 0 where predictions are asked for: how far below full fidelity, from
+    which earlier run. `doubt` (n,) is variance of each beyond the noise, in units of the variance of `y`. With `like`
+    its hyperparameters are taken over instead of being chosen anew.
     """
     offset, scale = float(np.median(y)), max(float(np.std(y)), 1e-9)
     told = (y - offset) / scale
-    below = np.zeros(len(y)) if half is None else half
+    apart = np.zeros((len(y), 0)) if beside is None else beside
+    unsure = np.zeros(len(y)) if doubt is None else doubt
     best: tuple[float, float, float, float, float, Array] | None = None
     options = product(OWN, CURVED, NOISE) if like is None else [(like.own, like.curved, like.noise)]
     near: dict[float, Array] = {}
@@ -169,8 +179,8 @@ def fit(coding: Coding, rows: Array, y: Array, half: Array | None = None, like: 
             shared, alone = _scaled(coding, own)
             mine = rows @ shared
             near[own] = mine @ mine.T + (rows * alone**2) @ rows.T
-        kernel = near[own] + curved * near[own] ** 2 + FLAT + 2.0 * np.outer(below, below)
-        root: Array = np.linalg.cholesky(kernel + (noise + 1e-9) * np.eye(len(told))).astype(np.float64)
+        kernel = near[own] + curved * near[own] ** 2 + FLAT + 2.0 * apart @ apart.T
+        root: Array = np.linalg.cholesky(kernel + np.diag(noise + 1e-9 + unsure)).astype(np.float64)
         white = np.linalg.solve(root, told)
         signal = max(float(white @ white) / len(told), 1e-6)
         likelihood = -0.5 * len(told) * math.log(signal) - float(np.log(np.diag(root)).sum())
@@ -178,7 +188,7 @@ def fit(coding: Coding, rows: Array, y: Array, half: Array | None = None, like: 
             best = (likelihood, own, curved, noise, signal, root)
     assert best is not None
     _, own, curved, noise, signal, root = best
-    return Fit(coding, rows, below, told, offset, scale, own, curved, noise, signal, root)
+    return Fit(coding, rows, unsure, told, offset, scale, own, curved, noise, signal, root)
 
 
 def _solve(root: Array, y: Array) -> Array:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from random import Random
 from zlib import crc32
 
@@ -105,12 +106,12 @@ class Evolution:
         self.populations = [Population(population) for _ in self.goals]
         self.scores: list[dict[int, Score]] = [{} for _ in self.goals]  # by number
         self.beliefs = Beliefs(space, goals, limit, facts)
-        for i, trial in enumerate(facts.warm):
-            self._enter(-1 - i, trial)  # numbers of an earlier run must not meet this one's
-        # The best of an earlier run are asked again first: this run has to measure what it returns.
-        again = {m.genotype: None for p in self.populations for m in p.members[: max(1, design // 2)]}
+        # The best of earlier runs are asked again, between the first designs: this run has to measure what it returns,
+        # and to see how far theirs can be trusted.
+        again = self._warmed(facts.warm, max(1, design // 2))
         more = first(space, facts, self.goals, max(1, design - len(again)), Random(f"{seed}:design"))
-        self.first = (*again, *more)
+        pairs = zip_longest(again, more)
+        self.first = tuple(dict.fromkeys(g for pair in pairs for g in pair if g is not None))
 
     def ask(self, number: int, pending: Sequence[Trial]) -> Proposal | None:
         """The next of the first designs, then a child; None when the space is exhausted."""
@@ -150,6 +151,17 @@ class Evolution:
                 scores[number] = score
             population.enter(number, genotype, score, changes)
         self.beliefs.tell(number, trial)
+
+    def _warmed(self, trials: Sequence[Trial], count: int) -> list[Genotype]:
+        """What earlier runs tell is believed as far as it proves right; returned are their best for each goal."""
+        populations = [Population(count) for _ in self.goals]
+        for i, trial in enumerate(trials):
+            genotype = sp.canonical(self.space, trial.genotype)
+            self.beliefs.tell(-1 - i, trial)  # numbers of an earlier run must not meet this one's
+            for goal, population in zip(self.goals, populations, strict=True):
+                population.enter(-1 - i, genotype, pareto.of(trial, goal, self.limit))
+        each = max(1, count // len(self.goals))
+        return list({m.genotype: None for p in populations for m in p.members[:each]})
 
     # --- breeding ---------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from autocompress import pareto
 from autocompress import space as sp
+from autocompress.earlier import SOURCE
 from autocompress.pareto import Score
 from autocompress.searchers.additive import rows as encoded
 from autocompress.searchers.belief import Array, Coding, Fit, Guess, fit
@@ -19,6 +20,8 @@ from autocompress.types import Facts, Goal, Limit, Space, Trial
 FEWEST = 6  # told trials that a fit needs
 MEMORY = 400  # told trials that a fit takes at most: the latest
 AGAIN = 1.2  # growth after which hyperparameters are chosen anew
+PAIRS = 4  # trials of an earlier run that were tried again, from which these tell how well it ranks
+UNKNOWN = 0.7  # correlation of ranks that an earlier run is taken to have before anything tells
 WIDEST = 1.05  # latency ratio up to which a front counts where no budget bounds it
 
 
@@ -55,6 +58,7 @@ class Beliefs:
         self.codings = {name: Coding(space, facts, gains.get(name)) for name in ("", *self.profiles)}
         self.trials: dict[int, Trial] = {}
         self.rows: dict[int, Array] = {}
+        self.sources: list[int] = []  # earlier runs of which trials were told
         self.fits: dict[tuple[str, int], Fit] = {}
         self.sizes: dict[tuple[str, int], int] = {}
         self.fresh: dict[tuple[str, int], int] = {}
@@ -66,6 +70,9 @@ class Beliefs:
         self.trials[number] = trial
         self.rows[number] = encoded(self.space, [sp.canonical(self.space, trial.genotype)])[0]
         self.count += 1
+        source = _source(number, trial)
+        if source is not None and source not in self.sources:
+            self.sources.append(source)
 
     def scores(self, goal: int) -> dict[int, Score]:
         """Of the told trials that were measured, by number."""
@@ -107,22 +114,50 @@ class Beliefs:
         if self.fresh.get(key) == self.count:
             return self.fits.get(key)
         self.fresh[key] = self.count
-        rows, values, half = [], [], []
+        rows, values, beside, doubt = [], [], [], []
+        trust = {source: self.trust(source, what, goal) for source in self.sources}
         for number, trial in list(self.trials.items())[-MEMORY:]:
             value = self._value(trial, what, goal)
             if value is not None:
                 rows.append(self.rows[number])
                 values.append(value)
-                half.append(0.0 if what else 1.0 - trial.outcome.fidelity)
+                mine = _source(number, trial)
+                beside.append(
+                    [0.0 if what else 1.0 - trial.outcome.fidelity, *(float(s == mine) for s in self.sources)]
+                )
+                doubt.append(0.0 if mine is None else trust[mine])
         if len(values) < FEWEST:
             self.fits.pop(key, None)
             return None
         like = self.fits.get(key)
         if like is None or len(values) >= AGAIN * self.sizes[key] or len(values) < self.sizes[key]:
             like, self.sizes[key] = None, len(values)
-        found = fit(self.codings[what], np.stack(rows), np.array(values), np.array(half), like)
+        found = fit(self.codings[what], np.stack(rows), np.array(values), np.array(beside), like, np.array(doubt))
         self.fits[key] = found
         return found
+
+    def trust(self, source: int, what: str, goal: int) -> float:
+        """Variance to allow an earlier run's trials beyond the noise, of 1, by how well they rank here.
+
+        By those that were tried here again where there are enough, else by what the probe lets expect.
+        """
+        theirs: dict[bytes, float] = {}
+        mine: dict[bytes, float] = {}
+        for number, trial in self.trials.items():
+            value = self._value(trial, what, goal)
+            belongs = _source(number, trial)
+            if value is not None and belongs in (None, source):
+                (mine if belongs is None else theirs)[self.rows[number].tobytes()] = value
+        both = [key for key in theirs if key in mine]
+        rank = UNKNOWN
+        if len(both) >= PAIRS:
+            rank = _rank([theirs[key] for key in both], [mine[key] for key in both])
+        elif len(theirs) >= FEWEST and self.codings[what].known.any():
+            rank = _rank(
+                list(theirs.values()), [float(np.frombuffer(key) @ self.codings[what].known) for key in theirs]
+            )
+        rank = max(rank, 0.03)
+        return max((1.0 - rank**2) / rank**2, 0.01)
 
     def _value(self, trial: Trial, what: str, goal: int) -> float | None:
         if what:
@@ -140,6 +175,19 @@ def few_cuts(coding: Coding) -> Guess:
     """Where no quality is known, since all was over budget so far: the fewer cuts the better."""
     nothing = np.zeros((coding.width, 0))
     return Guess(0.0, np.full(coding.width, 2.0 / max(1, len(coding.space.genes))), nothing, np.zeros(0), 0.0)
+
+
+def _source(number: int, trial: Trial) -> int | None:
+    """Which earlier run a trial comes from; None for this run's own."""
+    return int(trial.note.get(SOURCE, 0)) if number < 0 else None
+
+
+def _rank(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's correlation; 0 where one of them is all alike."""
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return 0.0
+    first, second = (np.argsort(np.argsort(one, kind="stable")) for one in (a, b))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def probed(space: Space, facts: Facts) -> dict[str, list[float]]:
