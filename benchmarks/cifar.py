@@ -50,7 +50,7 @@ ARMS = {
     "resnet56": ("int8", "torch-pruning", "random", "resnet20", "resnet20-distilled", "finetuned"),
     "resnet20": ("int8", "torch-pruning", "random", "finetuned"),
 }
-RESERVE = 4.0  # of the minutes: start, probe, certificates
+RESERVE = 5.0  # of the minutes: start, probe, certificates
 EPOCHS = 200.0  # more than any time here allows: a training goes as far along as its minutes reach
 RUNGS = (0.002, 1.0)  # after the slices of an elastic parent less than half an epoch; the rest is for the best few
 FINAL = 0.6  # of the search's minutes
@@ -117,7 +117,7 @@ class Headline(Bench):
             minutes=max(1.0, self.asked.minutes * (1 - self.asked.elastic) - RESERVE),
             final=FINAL,
             fidelity={"full_epochs": EPOCHS, "rungs": RUNGS, "keep": 0.25},
-            probe=60.0,
+            probe=120.0,
             elastic=self.asked.elastic * self.asked.minutes,
             workers=self.asked.workers,
             out=out,
