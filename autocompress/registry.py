@@ -32,6 +32,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "policy_gradient": "autocompress.searchers.policy_gradient:PolicyGradient",
         "optuna": "autocompress.searchers.optuna:Optuna",
         "gradient": "autocompress.searchers.gradient:Gradient",
+        "portfolio": "autocompress.searchers.portfolio:Portfolio",
     },
     "device": {
         "local": "autocompress.devices.local:LocalDevice",

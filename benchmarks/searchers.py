@@ -1,97 +1,264 @@
 """Searchers on closed-form problems with a known front: hypervolume as a share of the true front's.
 
-    python benchmarks/searchers.py [--quick] [--json FILE]
+    python benchmarks/searchers.py [--quick] [--workers N] [--json FILE] [--svg FILE]
 
-20 seeds, 200 trials, problems of 20 and 60 genes; each seed draws another problem, the same for all searchers. The
-budget is a speedup of 1.25, up to 10 points of quality may be lost, and the rest of the front is what is counted.
-`hv_ci` is the 95 % bootstrap interval of the median. Optuna is left out, and said to be, where it is not installed.
+20 seeds, 200 trials, problems of 20, 60 and 200 genes; each seed draws another problem, the same for all searchers. The
+budget is a speedup of 1.25, up to 10 points of quality may be lost, and the rest of the front is what is counted. Seeds
+from 100 on: those below were for tuning (`--first 0`). `black` problems tell site features only; `probed` ones also a
+probe's table, whose looks are charged: the curve begins LOOK trials per choice later, and ends at the same total.
+
+`hv_ci` is the 95 % bootstrap interval of the median. `trials_to_best_peer` is the median number of trials until a run
+reaches what the best peer's median has at the end of its black-box run; null where fewer than half of the runs get
+there. Peers that are not installed are left out, and said to be.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from autocompress import pareto
+from autocompress.charts import Scale, ticks
 from autocompress.registry import resolve
 from autocompress.searchers import Searcher
 from autocompress.testing import ClosedForm
 from autocompress.types import Trial
 
+OURS = ("portfolio", "evolution", "policy_gradient", "gradient", "random")
+PEERS = ("optuna-tpe", "optuna-nsga2", "optuna-gp", "pymoo-nsga2", "syne-tune-morea")
+NEEDS = {"optuna": "autocompress[optuna]", "pymoo": "pymoo", "syne": "syne-tune"}
+LOOK = 0.01  # trials that a probe's look at one choice costs: no training, a few hundred samples
+SIZES = (20, 60, 200)
+SLOW = ("optuna-gp",)  # seconds per ask: only where --only names them
+COLOURS = ("#0b6", "#06c", "#c40", "#90c", "#888", "#d90", "#a55", "#333", "#5aa", "#b5b")
 
-def searchers() -> dict[str, Callable[..., Searcher]]:
-    """Name -> constructor."""
-    made: dict[str, Callable[..., Searcher]] = {
-        name: resolve("searcher", name) for name in ("random", "evolution", "policy_gradient")
-    }
-    if find_spec("optuna"):
-        for sampler in ("tpe", "nsga2"):
-            made[f"optuna-{sampler}"] = partial(resolve("searcher", "optuna"), sampler=sampler)
-    return made
+
+@dataclass(frozen=True)
+class Run:
+    """One search to do."""
+
+    searcher: str
+    genes: int
+    seed: int
+    trials: int
+    probed: bool
+    agent: str = ""
+
+    @property
+    def problem(self) -> str:
+        """Its name in the table."""
+        return f"genes-{self.genes}{'-probed' if self.probed else ''}"
+
+
+def made(name: str, agent: str = "") -> Callable[..., Searcher]:
+    """The constructor that goes by a name of the table."""
+    if name.startswith("optuna-"):
+        return partial(resolve("searcher", "optuna"), sampler=name.removeprefix("optuna-"))
+    if name in ("pymoo-nsga2", "syne-tune-morea"):
+        import peers  # noqa: PLC0415  its packages are optional
+
+        return peers.Pymoo if name == "pymoo-nsga2" else peers.MoRea
+    if agent and name == "policy_gradient":
+        return partial(resolve("searcher", name), agent=agent)
+    return resolve("searcher", name)
+
+
+def missing() -> dict[str, str]:
+    """Peers that cannot run here -> what would bring them."""
+    packages = {"optuna": "optuna", "pymoo": "pymoo", "syne": "syne_tune"}
+    absent = {key for key, package in packages.items() if find_spec(package) is None}
+    return {name: NEEDS[name.split("-")[0]] for name in PEERS if name.split("-")[0] in absent}
+
+
+@cache
+def whole(genes: int, seed: int) -> float:
+    """Hypervolume of a problem's true front."""
+    problem = ClosedForm(genes, seed=seed)
+    return pareto.hypervolume(problem.front(), problem.reference())
 
 
 def search(make: Callable[..., Searcher], problem: ClosedForm, seed: int, trials: int) -> tuple[float, float]:
     """(hypervolume share, milliseconds per ask and tell) of one search."""
+    told, spent = searched(make, problem, seed, trials)
+    return problem.hypervolume(told), spent
+
+
+def searched(make: Callable[..., Searcher], problem: ClosedForm, seed: int, trials: int) -> tuple[list[Trial], float]:
+    """The trials of one search, and processor milliseconds per ask and tell."""
     searcher = make(problem.space, problem.goals, problem.limit, problem.facts, seed)
     told: list[Trial] = []
     spent = 0.0
     for number in range(1, trials + 1):
-        start = time.perf_counter()
+        start = time.process_time()
         proposal = searcher.ask(number, [])
-        spent += time.perf_counter() - start
+        spent += time.process_time() - start
         if proposal is None:
             break
         told.append(problem.trial(number, proposal.genotype, proposal.note))
-        start = time.perf_counter()
+        start = time.process_time()
         searcher.tell(told[-1])
-        spent += time.perf_counter() - start
-    return problem.hypervolume(told), 1000.0 * spent / max(1, len(told))
+        spent += time.process_time() - start
+    return told, 1000.0 * spent / max(1, len(told))
 
 
-def interval(values: list[float]) -> list[float]:
+def curve(run: Run) -> tuple[list[float], float]:
+    """Share of the true hypervolume after each trial that was paid for, and milliseconds per trial."""
+    problem = ClosedForm(run.genes, seed=run.seed, probe=run.probed)
+    looks = math.ceil(LOOK * len(problem.facts.probe))
+    told, spent = searched(made(run.searcher, run.agent), problem, run.seed, run.trials - looks)
+    total, reference = whole(run.genes, run.seed), problem.reference()
+    points: list[tuple[float, float]] = []
+    values = [0.0] * looks
+    for trial in told:
+        score = pareto.of(trial, problem.goals[0], problem.limit)
+        if score is not None and score.violation <= 0:
+            points.append((problem.quality(trial.genotype), problem.ratio(trial.genotype)))
+        values.append(pareto.hypervolume(points, reference) / total)
+    values += [values[-1] if values else 0.0] * (run.trials - len(values))
+    return values, spent
+
+
+def interval(values: Sequence[float]) -> list[float]:
     """95 % bootstrap interval of the median (percentile method, 10,000 resamples, fixed seed)."""
     rng = np.random.default_rng(0)
     medians = np.median(rng.choice(values, size=(10_000, len(values))), axis=1)
     return [float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))]
 
 
+def reaches(curves: np.ndarray, level: float) -> int | None:
+    """Median number of trials until the curves (runs, trials) reach a level; None where half of them do not."""
+    first = [int(np.argmax(one >= level)) + 1 if (one >= level).any() else 10**9 for one in curves]
+    middle = float(np.median(first))
+    return round(middle) if middle < 10**8 else None
+
+
+def summed(found: dict[str, dict[str, list[tuple[list[float], float]]]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Figures by problem and searcher."""
+    figures: dict[str, dict[str, dict[str, Any]]] = {}
+    for problem, by_searcher in found.items():
+        black = found.get(problem.removesuffix("-probed"), {})
+        ends = [float(np.median([values[-1] for values, _ in black[name]])) for name in PEERS if name in black]
+        figures[problem] = {}
+        for name, runs in by_searcher.items():
+            curves = np.array([values for values, _ in runs])
+            figures[problem][name] = {
+                "hv_median": float(np.median(curves[:, -1])),
+                "hv_ci": interval(curves[:, -1].tolist()),
+                "trials_to_best_peer": reaches(curves, max(ends)) if ends else None,
+                "ask_tell_ms": float(np.median([spent for _, spent in runs])),
+                "hv": curves[:, -1].tolist(),
+                "curve": [round(float(value), 4) for value in np.median(curves, axis=0)],
+            }
+    return figures
+
+
+def drawn(figures: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Median curves as SVG, one panel per problem."""
+    wide, high, pad = 330, 250, 34
+    names = list(dict.fromkeys(name for one in figures.values() for name in one))
+    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    parts: list[str] = []
+    columns = min(3, max(1, len(figures)))
+    for k, (problem, by_searcher) in enumerate(figures.items()):
+        left, top = (k % columns) * wide, (k // columns) * high
+        trials = max(len(one["curve"]) for one in by_searcher.values())
+        x, y = Scale(0, trials, left + pad, left + wide - 12), Scale(0, 1, top + high - 30, top + 24)
+        parts.append(f'<text x="{left + pad}" y="{top + 15}" font-weight="bold">{problem}</text>')
+        for value in ticks(0, 1):
+            parts.append(f'<path d="M{x(0)} {y(value)}H{x(trials)}" stroke="#ddd"/>')
+            parts.append(f'<text x="{x(0) - 4}" y="{y(value) + 3}" text-anchor="end">{value:g}</text>')
+        parts += [
+            f'<text x="{x(value)}" y="{top + high - 16}" text-anchor="middle">{value:g}</text>'
+            for value in ticks(0, trials, 4)
+        ]
+        for name, one in by_searcher.items():
+            path = "L".join(f"{x(i + 1)} {y(value)}" for i, value in enumerate(one["curve"]))
+            dash = "" if name in OURS else ' stroke-dasharray="4 2"'
+            parts.append(f'<path d="M{path}" fill="none" stroke="{colour[name]}" stroke-width="1.5"{dash}/>')
+    bottom = -(-len(figures) // columns) * high
+    for i, name in enumerate(names):
+        at = pad + (i % 5) * 190
+        line = bottom + 12 + 16 * (i // 5)
+        parts.append(f'<path d="M{at} {line - 3}h18" stroke="{colour[name]}" stroke-width="2"/>')
+        parts.append(f'<text x="{at + 22}" y="{line}">{name}</text>')
+    size = f"{max(columns * wide, 960)} {bottom + 16 * (-(-len(names) // 5)) + 8}"
+    style = 'font-family="sans-serif" font-size="10" style="background:#fff"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" {style}>' + "\n".join(parts) + "</svg>\n"
+
+
 def main() -> None:
     """Run, print the table, write the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--quick", action="store_true", help="5 seeds and 100 trials: under two minutes")
+    parser.add_argument("--svg", type=Path, help="draw the median curves into this file")
+    parser.add_argument("--quick", action="store_true", help="5 seeds and 100 trials, 20 and 60 genes")
     parser.add_argument("--seeds", type=int)
+    parser.add_argument("--first", type=int, default=100, help="the first seed")
     parser.add_argument("--trials", type=int)
+    parser.add_argument("--genes", type=int, nargs="*", choices=SIZES)
     parser.add_argument("--only", nargs="*", help="names of the searchers to run")
+    parser.add_argument("--kinds", nargs="*", choices=("black", "probed"), default=("black", "probed"))
+    parser.add_argument("--agent", default="", help="an agent that policy_gradient starts from")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
     arguments = parser.parse_args()
     seeds = arguments.seeds or (5 if arguments.quick else 20)
     trials = arguments.trials or (100 if arguments.quick else 200)
-    made = {name: make for name, make in searchers().items() if not arguments.only or name in arguments.only}
-    if "optuna-tpe" not in searchers():
-        print("optuna is not installed: its rows are missing (pip install 'autocompress[optuna]')")
-    print(f"{seeds} seeds, {trials} trials; hypervolume as a share of the true front's\n")
-    print(f"{'problem':<10}{'searcher':<18}{'hv median':>10}{'95 % interval':>18}{'ms per trial':>14}")
-    figures: dict[str, dict[str, dict[str, object]]] = {}
-    for size in (20, 60):
-        problem = f"genes-{size}"
-        figures[problem] = {}
-        for name, make in made.items():
-            runs = [search(make, ClosedForm(size, seed=seed), seed, trials) for seed in range(seeds)]
-            values = [share for share, _ in runs]
-            low, high = interval(values)
-            ms = float(np.median([spent for _, spent in runs]))
-            median = float(np.median(values))
-            figures[problem][name] = {"hv_median": median, "hv_ci": [low, high], "ask_tell_ms": ms, "hv": values}
-            print(f"{problem:<10}{name:<18}{median:>10.3f}{f'{low:.3f} - {high:.3f}':>18}{ms:>14.2f}", flush=True)
+    absent = missing()
+    for name, package in absent.items():
+        print(f"{name} is left out: pip install '{package}'")
+    wanted = [n for n in (*OURS, *PEERS) if n not in absent]
+    wanted = [n for n in wanted if (n in arguments.only if arguments.only else n not in SLOW)]
+    sizes = arguments.genes or (SIZES[:2] if arguments.quick else SIZES)
+    runs = [
+        Run(name, size, arguments.first + seed, trials, probed=kind == "probed", agent=arguments.agent)
+        for size in sizes
+        for kind in arguments.kinds
+        for name in wanted
+        if (kind == "black" or (name in OURS and name != "random"))
+        for seed in range(seeds)
+    ]
+    print(f"{seeds} seeds from {arguments.first}, {trials} trials; hypervolume as a share of the true front's\n")
+    print(
+        f"{'problem':<18}{'searcher':<18}{'hv median':>10}{'95 % interval':>18}{'to best peer':>14}{'ms per trial':>14}"
+    )
+    found: dict[str, dict[str, list[tuple[list[float], float]]]] = {}
+    with ProcessPoolExecutor(arguments.workers) as pool:
+        for run, result in zip(runs, pool.map(curve, runs), strict=True):
+            found.setdefault(run.problem, {}).setdefault(run.searcher, []).append(result)
+            if len(found[run.problem][run.searcher]) == seeds:
+                print(f"  {run.problem} {run.searcher}", end="\r", flush=True)
+    figures = summed(found)
+    for problem, by_searcher in figures.items():
+        for name, one in by_searcher.items():
+            low, high = one["hv_ci"]
+            reached = one["trials_to_best_peer"] or "-"
+            print(
+                f"{problem:<18}{name:<18}{one['hv_median']:>10.3f}{f'{low:.3f} - {high:.3f}':>18}"
+                f"{reached:>14}{one['ask_tell_ms']:>14.2f}"
+            )
     if arguments.json:
-        record = {"seeds": seeds, "trials": trials, "problems": figures}
+        record = {
+            "seeds": seeds,
+            "first": arguments.first,
+            "trials": trials,
+            "look": LOOK,
+            "left_out": sorted(absent),
+            "problems": figures,
+        }
         arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if arguments.svg:
+        arguments.svg.write_text(drawn(figures), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -39,15 +39,24 @@ def run(make, problem: ClosedForm, trials: int, seed: int = 0) -> list[Trial]:
 # --- contract -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["random", "evolution", "policy_gradient"])
+LIGHT = {
+    "random": {},
+    "evolution": {},
+    "policy_gradient": {"walks": 8},
+    "gradient": {"steps": 8, "targets": 4},
+    "portfolio": {"design": 6, "options": {"policy_gradient": {"walks": 8}, "gradient": {"steps": 8, "targets": 4}}},
+}
+
+
+@pytest.mark.parametrize("name", LIGHT)
 def test_built_in_searchers_keep_the_contract(name):
-    check_searcher(resolve("searcher", name), trials=24 if name == "policy_gradient" else 48)
+    check_searcher(partial(resolve("searcher", name), **LIGHT[name]), trials=32)
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp"])
 def test_optuna_keeps_the_contract(sampler):
     pytest.importorskip("optuna")
-    check_searcher(partial(resolve("searcher", "optuna"), sampler=sampler), trials=16)
+    check_searcher(partial(resolve("searcher", "optuna"), sampler=sampler), trials=5 if sampler == "gp" else 16)
 
 
 def test_the_example_keeps_the_contract():
@@ -189,7 +198,7 @@ def test_a_warm_start_asks_the_best_of_the_earlier_run_again():
     searcher = Evolution(problem.space, problem.goals, problem.limit, warm, 1)
     asked = [searcher.ask(number, []).genotype for number in range(1, 12)]
     assert best.genotype in asked
-    for name in ("random", "policy_gradient", "gradient", "optuna"):
+    for name in ("random", "policy_gradient", "gradient", "portfolio", "optuna"):
         other = resolve("searcher", name)(problem.space, problem.goals, problem.limit, warm, 1)
         assert isinstance(other, Searcher)
         assert other.ask(1, []) is not None
@@ -214,7 +223,7 @@ def test_a_later_tell_replaces_the_earlier():
 def test_a_space_of_one_is_asked_once():
     problem = ClosedForm(10)
     one = Space(name="one", genes=(Gene(name="a", kind="arch", choices=(1,)),))
-    for name in ("random", "evolution", "policy_gradient", "gradient", "optuna"):
+    for name in ("random", "evolution", "policy_gradient", "gradient", "portfolio", "optuna"):
         searcher = resolve("searcher", name)(one, problem.goals, problem.limit, Facts(), 0)
         assert searcher.ask(1, []).genotype == (0,)
         assert searcher.ask(2, []) is None
@@ -271,8 +280,16 @@ def test_failures_are_the_same_every_time():
 def test_the_benchmark_prints_and_writes_its_figures(tmp_path):
     target = tmp_path / "figures.json"
     script = str(ROOT / "benchmarks" / "searchers.py")
-    options = ["--seeds", "2", "--trials", "10", "--only", "random", "evolution", "--json", str(target)]
+    picture = tmp_path / "curves.svg"
+    options = ["--seeds", "2", "--trials", "12", "--genes", "20", "--only", "random", "evolution", "optuna-nsga2"]
+    options += ["--json", str(target), "--svg", str(picture)]
     done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert "genes-60  evolution" in done.stdout
-    found = json.loads(target.read_text())["problems"]["genes-20"]["evolution"]
+    assert "genes-20-probed" in done.stdout
+    problems = json.loads(target.read_text())["problems"]
+    found = problems["genes-20"]["evolution"]
     assert found["hv_ci"][0] <= found["hv_median"] <= found["hv_ci"][1] <= 1.0
+    assert found["trials_to_best_peer"] is None or 1 <= found["trials_to_best_peer"] <= 12
+    # The probe's looks come first, and cost trials.
+    assert problems["genes-20-probed"]["evolution"]["curve"][0] == 0.0
+    assert list(problems["genes-20-probed"]) == ["evolution"]
+    assert picture.read_text().count("<path") > 5

@@ -38,7 +38,7 @@ class Gradient:
         facts: Facts,
         seed: int,
         *,
-        design: int = 20,
+        design: int = 10,
         targets: int = 16,
         steps: int = 40,
         rate: float = 0.3,

@@ -1,7 +1,8 @@
-"""Optuna's samplers behind ask/tell (an optional extra): TPE (Bergstra et al. 2011) and its NSGA-II.
+"""Optuna's samplers behind ask/tell (an optional extra): TPE (Bergstra et al. 2011), NSGA-II and Gaussian processes.
 
 One in-memory study per goal; whose turn it is proposes, and every study is told every trial. Constraints are the
-goal's violation. Genes that do not apply are not suggested at all, as Optuna's define-by-run style intends.
+goal's violation. Genes that do not apply are not suggested at all, as Optuna's define-by-run style intends; only
+Gaussian processes are told all of them, since they know no such spaces.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from autocompress.pareto import Score
 from autocompress.searchers.fresh import Taken, numbered
 from autocompress.types import Facts, Genotype, Goal, Limit, Proposal, Space, Trial, UserError
 
-SAMPLERS = ("tpe", "nsga2")
+SAMPLERS = {"tpe": "TPESampler", "nsga2": "NSGAIISampler", "gp": "GPSampler"}
 REPEATS = 10
 NEEDS = "searcher 'optuna' needs Optuna 5 or newer: pip install 'autocompress[optuna]' 'optuna>=5'"
 
 
 class Optuna:
-    """ask/tell. Options: `sampler` ("tpe" or "nsga2"); all others go to that sampler's constructor."""
+    """ask/tell. Options: `sampler` ("tpe", "nsga2", or "gp", which needs torch and takes seconds per ask); all others
+    go to that sampler's constructor."""
 
     def __init__(
         self,
@@ -45,7 +47,7 @@ class Optuna:
         if not hasattr(self.optuna.trial.Trial, "set_constraint"):
             raise UserError(f"{NEEDS} (found {self.optuna.__version__})")
         self.space, self.goals, self.limit, self.seed = space, tuple(goals), limit, seed
-        self.kind, self.options = sampler, options
+        self.kind, self.options, self.always = sampler, options, sampler == "gp"
         self.knobs = sp.knobs(space)
         # Numbers in order are integers to the sampler, names are categories.
         self.ordered = [knob.ordered and knob.size > 2 for knob in self.knobs]
@@ -115,7 +117,7 @@ class Optuna:
         return made
 
     def _sampler(self, seed: int) -> Any:
-        kind = self.optuna.samplers.TPESampler if self.kind == "tpe" else self.optuna.samplers.NSGAIISampler
+        kind = getattr(self.optuna.samplers, SAMPLERS[self.kind])
         try:
             return kind(seed=seed, **self.options)
         except (TypeError, ValueError) as wrong:
@@ -124,13 +126,13 @@ class Optuna:
     def _walk(self, running: Any) -> Genotype:
         values: list[int] = []
         for gene, knob, ordered in zip(self.space.genes, self.knobs, self.ordered, strict=True):
-            if knob.size < 2 or not knob.applies(values):
+            if knob.size < 2 or not (self.always or knob.applies(values)):
                 values.append(0)
             elif ordered:
                 values.append(running.suggest_int(gene.name, 0, knob.size - 1))
             else:
                 values.append(running.suggest_categorical(gene.name, range(knob.size)))
-        return tuple(values)
+        return sp.canonical(self.space, tuple(values))
 
     def _add(self, study: Any, goal: Goal, trial: Trial, running: Any) -> None:
         score = pareto.of(trial, goal, self.limit)
@@ -143,7 +145,7 @@ class Optuna:
             study.tell(running, values, state)
             return
         genotype = sp.canonical(self.space, trial.genotype)
-        applies = [knob.size > 1 and knob.applies(genotype) for knob in self.knobs]
+        applies = [knob.size > 1 and (self.always or knob.applies(genotype)) for knob in self.knobs]
         rows = list(zip(self.space.genes, genotype, self.distributions, applies, strict=True))
         found = self.optuna.trial.create_trial(
             state=state,

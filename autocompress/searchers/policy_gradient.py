@@ -52,7 +52,7 @@ class PolicyGradient:
         agent: str = "",
         design: int = 8,
         walks: int = 32,
-        updates: int = 3,
+        updates: int = 1,
         hidden: int = 32,
         rate: float = 0.01,
         entropy: float = 0.03,
