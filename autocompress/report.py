@@ -19,7 +19,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import ValidationError
 
-from autocompress import artifact, charts, journal, pareto, picture, space, summary, wording
+from autocompress import artifact, charts, heatmap, journal, pareto, picture, space, summary, wording
 from autocompress.controller import COST, Header
 from autocompress.live import clock
 from autocompress.summary import Summary, Winner
@@ -186,6 +186,7 @@ def render(out: Path) -> str:
         simpler={name: summary.simpler(found, name) for name in found.closest},
         growth=charts.growth(run.order, run.goals, run.limit, baseline),
         shares=charts.shares(found.seconds),
+        heat=heatmap.heatmap(run.facts, run.space),
         failed=[failure for failure in found.failures if failure.state == State.FAILED],
         infeasible=found.counts.get(State.INFEASIBLE, 0),
         rows=_rows(run, searched, words),
