@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from autocompress import export, memory, onnxfile, registry
+from autocompress import early, export, memory, onnxfile, registry
 from autocompress.artifact import versions
 from autocompress.devices.fingerprint import short
 from autocompress.devices.station import Station
@@ -266,6 +266,7 @@ def measure_baseline(parts: Parts, work: Work, station: Station, folder: Path, k
         macs=macs,
         parameters=parameters,
     )
+    early.refuse(quality)
     return Baseline(facts, floor(parts.job.quality, quality.value.value), outcome, key)
 
 

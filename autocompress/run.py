@@ -18,7 +18,20 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from autocompress import auto, earlier, live, onnxfile, pareto, ranks, ray_tune, reader, report, spacefile, summary
+from autocompress import (
+    auto,
+    earlier,
+    early,
+    live,
+    onnxfile,
+    pareto,
+    ranks,
+    ray_tune,
+    reader,
+    report,
+    spacefile,
+    summary,
+)
 from autocompress.artifact import versions
 from autocompress.closing import Closing
 from autocompress.controller import Controller, Header, header, run_serial
@@ -421,6 +434,8 @@ class _Run:
             with strangers(self.parts.builder.name), one_thread():  # as the workers train
                 faster = bf16_faster(work.parent, work.task)
             baseline = replace(baseline, facts=baseline.facts.model_copy(update={"bf16": faster}))
+            for line in early.at_the_start(baseline.facts, baseline.limit):
+                self.live.note(line)
             if self.derived:
                 baseline = self.derive(baseline, work)
             if plan.warm:
@@ -652,12 +667,18 @@ class _Run:
     def hear(self, controller: Controller, later: Later) -> Callable[[Event], None]:
         """Journal events, folded into trials for the live view."""
         known = {trial.number: trial for trial in controller.trials}
+        said = set(early.lines(controller.trials, controller.goals, controller.limit))  # before a resume
 
         def on_event(event: Event) -> None:
             trial = fold(known, event)
             if trial is not None:
                 later.hear(trial)
                 self.live.event(trial)
+                if trial.state.ended:
+                    for subject, line in early.lines([*known.values()], controller.goals, controller.limit).items():
+                        if subject not in said:
+                            said.add(subject)
+                            self.live.note(line)
 
         return on_event
 
