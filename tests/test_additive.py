@@ -11,6 +11,7 @@ from autocompress import space as sp
 from autocompress.searchers.additive import additive, rows
 from autocompress.searchers.design import bound, device_shares, evenly, first, integers, spread
 from autocompress.searchers.knapsack import Knapsack
+from autocompress.searchers.random import Random as Control
 from autocompress.testing import ClosedForm
 from autocompress.types import Facts, Gene, Interval, Probed, Reading, Site, Space
 
@@ -121,6 +122,15 @@ def test_the_knapsack_walks_from_nothing_to_everything_and_spaces_its_drops():
     ratios = additive(space, facts).ratios(rows(space, front))[:, 0]
     assert (np.diff(ratios) < 0).all()
     assert all(front[-1][i] == 1 for i in range(0, 24, 3))  # every block dropped
+
+
+def test_random_search_may_begin_with_them_as_a_control():
+    problem = ClosedForm(20, probe=True)
+    plain = Control(problem.space, problem.goals, problem.limit, problem.facts, 0)
+    begun = Control(problem.space, problem.goals, problem.limit, problem.facts, 0, design=4)
+    asked = [begun.ask(number, []).genotype for number in range(1, 7)]
+    assert tuple(asked[:4]) == first(problem.space, problem.facts, problem.goals, 4, Random("0:design"))
+    assert asked[4:] == [plain.ask(number, []).genotype for number in (5, 6)]
 
 
 @pytest.mark.parametrize("size", [20, 60, 200])

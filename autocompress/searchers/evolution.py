@@ -84,7 +84,7 @@ class Evolution:
         seed: int,
         *,
         population: int = 24,
-        design: int = 20,
+        design: int = 12,
         changes: float = 2.0,
         crossover: float = 0.6,
         sweep: float = 0.2,
