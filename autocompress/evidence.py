@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import zipfile
 import math
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from autocompress import export
 from autocompress.certify import Certificate, Checked, pool
 from autocompress.devices.fingerprint import host
 from autocompress.devices.statistics import figures
-from autocompress.tasks import InputSpec, Task, several
+from autocompress.tasks import InputSpec, Predict, Task, several
 from autocompress.types import Interval, Profile, Quality, Reading, Runs, UserError
 
 SAMPLES = 2  # in a pair
@@ -24,23 +24,32 @@ STEP = 1 / 64  # inputs are whole multiples of it in [-2, 2)
 
 
 def quality(
-    task: Task, model: bytes, profile: Profile, known: Quality | None = None, there: Mapping[str, Any] | None = None
+    task: Task,
+    model: bytes,
+    profile: Profile,
+    known: Quality | None = None,
+    there: Mapping[str, Any] | None = None,
+    predict: Predict | None = None,
 ) -> tuple[Quality, Checked]:
-    """Quality on the whole selection split, on the profile's own provider where its device is this host.
+    """Quality on the whole selection split, by the device's own answers: on this host the profile's provider gives
+    them, from elsewhere `predict` fetches them (`Station.predictor`).
 
-    A device that only times files (ssh, adb, a plug-in) answers nothing: `known`, or the quality on this host's
-    processor, stands for it, and Checked says so. Files differ per processor where 8-bit products saturate.
-    `there` is the device's fingerprint, for its name. Raises TrialFailure if the file does not run.
+    For a device that only times files (a plug-in may) `known`, or the quality on this host's processor, stands, and
+    Checked says so. Files differ per processor where 8-bit products saturate. `there` is the device's fingerprint, for
+    its name. Raises TrialFailure if the file does not run, Unreachable if the device does not answer.
     """
     local = profile.device == "local"
+    own = local or predict is not None
     found = known
-    if local or found is None:
+    if predict is not None:
+        found = task.quality(predict, "selection")
+    elif local or found is None:
         found = task.quality(export.predictor(model, profile=profile if local else None), "selection")
-    processor = str((there or {}).get("processor", "")) if local else ""
+    processor = str((there or {}).get("processor", "")) if own else ""
     return found, Checked(
-        provider=profile.provider if local else "CPUExecutionProvider",
+        provider=profile.provider if own else "CPUExecutionProvider",
         processor=processor or str(host()["processor"]),
-        on_device=local,
+        on_device=own,
         samples=found.samples,
     )
 

@@ -192,13 +192,7 @@ class Finals:
             variant = self.variant(name)
             key = (files.shas[variant], name)
             if key not in self.answered:
-                self.answered[key] = evidence.quality(
-                    self.work.task,
-                    files.models[variant],
-                    next(p for p in self.parts.profiles if p.name == name),
-                    trial.outcome.quality.get(name),
-                    self.host(name),
-                )
+                self.answered[key] = self.answers(name, files.models[variant], trial.outcome.quality.get(name))
             quality[name], checked[name] = self.answered[key]
         return certify.certify(
             measure,
@@ -209,6 +203,16 @@ class Finals:
             sessions=self.sessions_each,
             checked=checked,
         )
+
+    def answers(self, name: str, model: bytes, known: Quality | None) -> tuple[Quality, certify.Checked]:
+        """Quality of a file by what a device answers; while that is away what is known stands, and says so."""
+        profile = next(profile for profile in self.parts.profiles if profile.name == name)
+        quality = functools.partial(evidence.quality, self.work.task, model, profile, known, self.host(name))
+        try:
+            with self.station.predictor(name, model) as predict:
+                return quality(predict)
+        except Unreachable:
+            return quality()
 
     def test_quality(self, sha: str, model: bytes) -> Quality:
         """The test split, read once per file."""

@@ -316,7 +316,8 @@ class _Again:
         """Quality of a file: the search's own where it is the same file and the device could not tell another."""
         there = self.station.fingerprint(self.target.name)
         known = None if made else self.known(trial)
-        return evidence.quality(self.work.task, model, self.target, known, there)
+        with self.station.predictor(self.target.name, model) as predict:
+            return evidence.quality(self.work.task, model, self.target, known, there, predict)
 
     def known(self, trial: Trial) -> Quality | None:
         """What the search found for a file of this variant."""

@@ -309,12 +309,11 @@ def _judge(
     station = Station(work.profiles, plan_cores(work.profiles), path, baseline_key=key)
     try:
         hosts = {profile.name: station.fingerprint(profile.name) for profile in work.profiles}
-        answered = {
-            profile.name: evidence.quality(
-                work.task, releases[variant[profile.name]].model, profile, there=hosts[profile.name]
-            )
-            for profile in work.profiles
-        }
+        answered: dict[str, tuple[Quality, certify.Checked]] = {}
+        for profile in work.profiles:
+            name, model = profile.name, releases[variant[profile.name]].model
+            with station.predictor(name, model) as answers:
+                answered[name] = evidence.quality(work.task, model, profile, there=hosts[name], predict=answers)
         proof = certify.certify(
             lambda profile: station.session(profile, releases[variant[profile]].model),
             goal,

@@ -19,6 +19,7 @@ from torch import nn
 from autocompress import artifact, certify, evidence, load, onnxfile, reuse
 from autocompress.artifact import Artifact
 from autocompress.certify import SESSIONS, Certificate, Checked
+from autocompress.devices import host_of
 from autocompress.devices.cores import plan_cores
 from autocompress.devices.fingerprint import check_expects, host, resolve_local, short
 from autocompress.devices.station import Station
@@ -341,7 +342,7 @@ class _Run:
             self.fingerprints[short(there)] = there
             self.tell(Check(name="device", status="ok", says=self.compared(name, there), device=name))
             quality, checked = dict[str, Quality](), dict[str, Checked]()
-            if with_quality and (found := self.quality(target, there)):
+            if with_quality and (found := self.quality(target, station, there)):
                 quality[name], checked[name] = found
             budget = target.budget if self.baseline else target.budget.model_copy(update={"speedup": None})
             size = sum(map(len, onnxfile.files(target.file, onnxfile.load(path)).values())) / 1e6
@@ -402,16 +403,17 @@ class _Run:
             parts.append("all sessions noisy: not to be relied on")
         return "; ".join(parts)
 
-    def quality(self, target: _Target, there: dict[str, Any]) -> tuple[Quality, Checked] | None:
+    def quality(self, target: _Target, station: Station, there: dict[str, Any]) -> tuple[Quality, Checked] | None:
         """Quality of a device's file, and whether it holds the certificate's floor."""
         name, floor = target.profile.name, self.read.manifest.certificate.floor
-        local = target.profile.device == "local"
-        key = (target.file, target.profile.provider, str(target.profile.provider_options)) if local else (target.file,)
+        provider = (target.profile.provider, str(target.profile.provider_options))
+        key = (target.file, host_of(target.profile), target.profile.device, *provider)
         try:
             task = self.task = self.task or reuse.task_of(self.read, None, self.trust)
             if key not in self.known:
                 model = onnxfile.load(self.read.folder / target.file)
-                self.known[key] = evidence.quality(task, model, target.profile, there=there)
+                with station.predictor(name, model) as predict:
+                    self.known[key] = evidence.quality(task, model, target.profile, there=there, predict=predict)
         except (UserError, TrialFailure) as error:
             self.fail("quality", name, f"cannot be measured: {error} (--no-quality leaves it out)")
             return None

@@ -16,6 +16,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import ray
@@ -28,6 +29,7 @@ from autocompress.devices.fingerprint import host
 from autocompress.devices.local import LocalDevice
 from autocompress.devices.ray_node import RayDevice
 from autocompress.devices.station import Station
+from autocompress.export import predictor
 from autocompress.run import run
 from autocompress.testing import check_device
 from autocompress.types import Budget, Profile, TrialFailure, UserError
@@ -112,6 +114,8 @@ def on_a_node() -> None:
         assert device.fingerprint() == LocalDevice(Profile(name="here")).fingerprint()
         assert device.fingerprint()["processor"] == host()["processor"]
         print("the same host")
+        inputs = np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)
+        assert np.array_equal(device.answers(Path("small.onnx"), [inputs])[0], predictor(SMALL)(inputs))
         assert device.room()
         many = [Path(f"{channels}.onnx").resolve() for channels in range(8, 14)]  # as a survey asks
         for channels, path in zip(range(8, 14), many, strict=True):

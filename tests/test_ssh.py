@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +23,12 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from autocompress import onnxfile
-from autocompress.devices import Device, TellsMemory, Unreachable, local, ssh, transport
+from autocompress.devices import Device, TellsAnswers, TellsMemory, Unreachable, local, packed, ssh, transport
 from autocompress.devices.cores import plan_cores
 from autocompress.devices.fingerprint import host
 from autocompress.devices.local import LocalDevice, Unloadable
 from autocompress.devices.ssh import CONFIG, SshDevice
+from autocompress.export import predictor
 from autocompress.run import run
 from autocompress.types import Budget, Cost, Profile, Reach, Reading, TrialFailure, UserError
 from tests import sshd as servers
@@ -167,6 +168,20 @@ def test_files_are_timed_there(device: SshDevice, there: servers.Sshd, files: di
     assert works(device, files["small"])
 
 
+def test_answers_come_from_there(device: SshDevice, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(device, TellsAnswers)
+    inputs = np.random.default_rng(0).standard_normal((5, 3, 16, 16)).astype(np.float32)
+    here = predictor(files["small"].read_bytes())(inputs)
+    (there,) = device.answers(files["small"], [inputs])
+    assert np.array_equal(here, there)
+    monkeypatch.setattr(packed, "MOST", 2 * inputs[0].nbytes)  # in portions of two samples
+    with closing(LocalDevice(Profile(name="here"))) as own:
+        assert np.array_equal(own.answers(files["small"], [inputs])[0], here)
+    with pytest.raises(TrialFailure, match=r"cannot be run by onnxruntime on .+nvalid"):
+        device.answers(files["small"], [inputs[:, :2]])
+    assert works(device, files["small"])
+
+
 def test_the_fingerprint_is_the_targets(device: SshDevice) -> None:
     told = device.fingerprint()
     here = host()
@@ -303,6 +318,8 @@ def test_a_search_on_this_machine_and_over_ssh(there: servers.Sshd, tmp_path: Pa
     for name in ("local-1t", "pi"):
         certificate = json.loads((tmp_path / "run" / "best" / name / "manifest.json").read_text())["certificate"]
         assert name in certificate["readings"]
+        assert certificate["checked"][name]["on_device"] is True
+        assert certificate["checked"][name]["processor"] == host()["processor"]
 
 
 def test_one_measurement_at_a_time_on_the_target(

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from numpy.typing import NDArray
+
 from autocompress.types import Profile, Record, TrialFailure, UserError
 
 
@@ -68,6 +70,18 @@ class TellsMemory(Protocol):
         """Peak megabytes (1e6) of a fresh process that loads and runs a file, beyond one with the runtime alone.
 
         Keyed by the file's path as given; empty where the target does not tell. Raises as `Device.time`.
+        """
+        ...
+
+
+@runtime_checkable
+class TellsAnswers(Protocol):
+    """A device that can also run a file on inputs of ours: its quality is that of its own answers."""
+
+    def answers(self, model: Path, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """Outputs (n, ...) for inputs (n, ...), in the file's order of both.
+
+        Raises TrialFailure if the file cannot be loaded or run there, Unreachable if the target does not answer.
         """
         ...
 

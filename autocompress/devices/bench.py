@@ -13,6 +13,8 @@ or later, Linux, Android or macOS (without affinity, preemption counts or /proc 
               -> {"memory_mb": {path: 4.5}}
     or           {"kernels": [path], "wanted": [key, ...], "seconds": 10.0, "cores": [3]}
               -> {"counts": {key: 2}, "ratios": {key: 1.5}}
+    or           {"answers": [path], "inputs": [text, ...]}
+              -> {"outputs": [text, ...]}
     or           {"have": {path: hash, ...}}
               -> {"have": {path: true}}
               or {"error": "load" | "run" | "changed" | "memory" | "host", "model": path, "reason": "..."}
@@ -31,9 +33,11 @@ number of runs of a file in every round. Sessions stay loaded until a request do
 
 from __future__ import annotations
 
+import base64
 import gc
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import queue
@@ -43,6 +47,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -310,6 +315,18 @@ def tell_memory() -> None:
         answers.write(json.dumps(refused.answer) + "\n")
 
 
+def packed(array: np.ndarray) -> str:
+    """An array with its type and shape, as text."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return base64.b64encode(zlib.compress(buffer.getvalue(), 1)).decode("ascii")
+
+
+def unpacked(text: str) -> np.ndarray:
+    """What `packed` made text of."""
+    return np.load(io.BytesIO(zlib.decompress(base64.b64decode(text))), allow_pickle=False)
+
+
 def memory_of(path: str, setup: dict[str, Any]) -> float:
     """Peak of a fresh process. Raises RefusedError where it does not live to tell."""
     request = json.dumps({"model": path, "setup": setup}) + "\n"
@@ -467,6 +484,7 @@ class Server:
         self.rapl = Rapl()
         self.loaded: dict[str, Loaded] = {}
         self.kernels: Kernels | None = None
+        self.asked: Loaded | None = None  # whose answers were wanted last
         self.cores: list[int] = []
 
     def same(self, path: str) -> bool:
@@ -482,6 +500,8 @@ class Server:
             if "memory" in request:
                 check(request.get("sha256", {}))
                 return {"memory_mb": {path: memory_of(path, self.setup) for path in request["memory"]}}
+            if "answers" in request:
+                return {"outputs": self.outputs(request["answers"][0], request["inputs"], request.get("sha256", {}))}
             if "kernels" in request:
                 check(request.get("sha256", {}))
                 self.kernels = self.kernels or Kernels(self.setup, self.shared_pool)
@@ -499,6 +519,18 @@ class Server:
             return measure([loaded[path] for path in wanted], request["rounds"], request["seconds"], self.rapl)
         except RefusedError as refused:
             return refused.answer
+
+    def outputs(self, path: str, inputs: list[str], hashes: dict[str, str]) -> list[str]:
+        """What a file answers. Raises RefusedError."""
+        if self.asked is None or self.asked.path != path or self.asked.identity != identity(path):
+            check(hashes)
+            self.asked = Loaded(path, self.setup, self.shared_pool)
+        session = self.asked.session
+        try:
+            feed = {one.name: unpacked(text) for one, text in zip(session.get_inputs(), inputs)}  # noqa: B905
+            return [packed(np.asarray(one)) for one in session.run(None, feed)]
+        except Exception as error:
+            raise RefusedError("run", path, str(error)) from error
 
 
 def main() -> None:

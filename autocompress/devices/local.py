@@ -16,14 +16,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autocompress.devices import Kernels, Samples
 from autocompress.devices.fingerprint import check_expects, host
+from autocompress.devices.packed import packed, portions, unpacked
 from autocompress.types import Profile, TrialFailure, UserError
 
 BENCH = Path(__file__).with_name("bench.py")
 BESIDE = Path(__file__).with_name("kernels.py")  # which it loads where kernels are asked for
-
-
 SLOW_DISK = 1e8  # bytes per second
 WAIT_S = 600.0  # for other measurements on the host to end
 SILENT_S = 60.0  # between two lines that say that another measurement is waited for
@@ -75,6 +77,14 @@ class LocalDevice:
         """See `TellsKernels.kernels`."""
         request = {"kernels": [str(model)], "wanted": list(wanted), "seconds": seconds, "cores": list(cores)}
         return Kernels.model_validate(self._ask(request, seconds + self.patience, [model]))
+
+    def answers(self, model: Path, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """See `TellsAnswers.answers`."""
+        found: list[list[NDArray[Any]]] = []
+        for part in portions(inputs):
+            request = {"answers": [str(model)], "inputs": list(map(packed, part))}
+            found.append(list(map(unpacked, self._ask(request, self.patience, [model])["outputs"])))
+        return [np.concatenate(one) for one in zip(*found, strict=True)]
 
     def _ask(self, request: dict[str, Any], limit: float, models: Sequence[Path]) -> dict[str, Any]:
         child = self._child or self._start()

@@ -20,6 +20,7 @@ from typing import Any
 # Ray reads this once, when it is imported: nothing starts or joins a Ray but by `ray.init`.
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 import ray
+from numpy.typing import NDArray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayError, RayTaskError
 
 from autocompress.devices import Kernels, Samples, Unreachable
@@ -82,6 +83,10 @@ class _There:
         cores = plan_cores([self._profile]).station
         (path,) = self._paths([place])
         return self._made().kernels(path, wanted, seconds=seconds, cores=cores)
+
+    def answers(self, place: tuple[str, str], inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        (path,) = self._paths([place])
+        return self._made().answers(path, inputs)
 
     def _paths(self, places: Sequence[tuple[str, str]]) -> list[Path]:
         """A file named twice gets a second spelling, since times are told apart by path."""
@@ -151,6 +156,11 @@ class RayDevice:
         """See `TellsKernels.kernels`; cores are chosen there."""
         (place,) = self._sent([model])
         return self._ask("kernels", place, list(wanted), seconds, limit=seconds + 2 * self.patience + WAIT_S)
+
+    def answers(self, model: Path, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """See `TellsAnswers.answers`."""
+        (place,) = self._sent([model])
+        return self._ask("answers", place, list(inputs), limit=2 * self.patience + WAIT_S)
 
     def _sent(self, models: Sequence[Path]) -> list[tuple[str, str]]:
         """Where the files lie there; those that it lacks are sent."""

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from autocompress import load, onnxfile
-from autocompress.devices import Device, TellsKernels, TellsMemory, Unreachable, host_of
+from autocompress.devices import Device, TellsAnswers, TellsKernels, TellsMemory, Unreachable, host_of
 from autocompress.devices.cores import CorePlan, plan_cores
 from autocompress.devices.fingerprint import check_same, identity, resolve_local, short
 from autocompress.devices.gate import Gate, HostLock
@@ -25,6 +25,7 @@ from autocompress.devices.local import Unloadable
 from autocompress.devices.statistics import MIN_BLOCKS, NARROW, Window, width
 from autocompress.registry import call, genuine, resolve
 from autocompress.store import cache_dir, make_folder, write_atomic
+from autocompress.tasks import Predict, several
 from autocompress.types import Profile, Reading, TrialFailure, UserError
 
 LONGEST_S = 120.0  # a model so slow that MIN_BLOCKS take longer is reported as noisy
@@ -176,6 +177,28 @@ class Station:
                     raise
             self._keep(place, known)
         return table.amounts(known["counts"])
+
+    @contextmanager
+    def predictor(self, profile_name: str, model: bytes | Path) -> Iterator[Predict | None]:
+        """What a file answers on the device of a profile, a function of inputs (n, ...), while the block lasts.
+
+        None for this host, whose answers need no device, and for a device that only times files. It raises TrialFailure
+        if the file does not run there, Unreachable while it is away.
+        """
+        if not host_of(self._profiles[profile_name]):
+            yield None
+            return
+        with self._turn(profile_name), self._file(model) as path:
+            with self._reached(profile_name) as device:
+                tells = isinstance(device, TellsAnswers)
+
+            def predict(inputs: Any) -> Any:
+                with self._reached(profile_name) as device:
+                    assert isinstance(device, TellsAnswers)
+                    found = device.answers(path, several(inputs))
+                return found[0] if len(found) == 1 else tuple(found)
+
+            yield predict if tells else None
 
     def session(self, profile_name: str, model: bytes | Path, seconds: float = 1.5) -> Reading:
         """A reading by a fresh process, never from the cache: processes differ by more than noise within one.

@@ -13,9 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autocompress.devices import Kernels, Samples, Unreachable, there
 from autocompress.devices.fingerprint import check_expects
 from autocompress.devices.local import BENCH, BESIDE, Child, refusal, setup
+from autocompress.devices.packed import packed, portions, unpacked
 from autocompress.types import Profile, TrialFailure, UserError
 
 SCRIPT = Path(there.__file__).read_bytes()
@@ -102,6 +106,16 @@ class RemoteDevice:
         request = {"wanted": list(wanted), "seconds": seconds, "cores": list(cores)}
         answer, _ = self._ask("kernels", [model], request, seconds + self.patience)
         return Kernels.model_validate(answer)
+
+    def answers(self, model: Path, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """See `TellsAnswers.answers`."""
+        found: list[list[NDArray[Any]]] = []
+        for part in portions(inputs):
+            request = {"inputs": list(map(packed, part))}
+            limit = self.patience + sum(one.nbytes for one in part) / SLOW_LINK
+            answer, _ = self._ask("answers", [model], request, limit)
+            found.append(list(map(unpacked, answer["outputs"])))
+        return [np.concatenate(one) for one in zip(*found, strict=True)]
 
     def close(self) -> None:
         """End the timing process and the connection; the device may be used again."""
