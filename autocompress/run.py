@@ -71,6 +71,7 @@ from autocompress.pipeline import (
 )
 from autocompress.pipeline import Gate as WorkGate
 from autocompress.probe import probe as try_choices
+from autocompress.searchers import Keeper
 from autocompress.store import Store, make_folder, write_atomic
 from autocompress.summary import Arm, Finding, Summary
 from autocompress.tasks import Task
@@ -407,6 +408,8 @@ class _Run:
                 with self.stage("search"):
                     make = MakeEvaluator(self.parts, sha, plan.quiet, baseline.facts.bf16, exporter, donor=donor)
                     self.execute(controller, store, make, mine, station, session)
+                if isinstance(controller.searcher, Keeper):
+                    controller.searcher.save(self.out)
                 return self.finish(controller, baseline, work, mine, store)
         finally:
             if journal is not None:

@@ -78,7 +78,7 @@ def test_a_trial_is_paid_what_it_adds():
 
 def test_the_agent_of_a_member_is_saved(tmp_path):
     problem = ClosedForm(10)
-    made(problem).save(tmp_path / "agent.safetensors")
+    made(problem).save(tmp_path)
     assert made(problem, agent=str(tmp_path)).members["policy_gradient"].origin["space"] == "closed-form-10"
     made(problem, members=["random"]).save(tmp_path / "none")
     assert not (tmp_path / "none").exists()

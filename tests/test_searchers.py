@@ -16,12 +16,25 @@ import pytest
 
 from autocompress import pareto
 from autocompress import space as sp
+from autocompress.controller import Controller, Header, run_serial
+from autocompress.journal import Journal, read
 from autocompress.registry import resolve
 from autocompress.searchers import Searcher
 from autocompress.searchers.design import spread
 from autocompress.searchers.evolution import Evolution
 from autocompress.testing import ClosedForm, check_searcher
-from autocompress.types import Facts, Gene, Proposal, Space, State, Trial, UserError
+from autocompress.types import (
+    Cost,
+    Facts,
+    Fidelity,
+    Gene,
+    Proposal,
+    SearchPlan,
+    Space,
+    State,
+    Trial,
+    UserError,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,6 +64,44 @@ LIGHT = {
 @pytest.mark.parametrize("name", LIGHT)
 def test_built_in_searchers_keep_the_contract(name):
     check_searcher(partial(resolve("searcher", name), **LIGHT[name]), trials=32)
+
+
+@pytest.mark.parametrize("name", [*LIGHT, "optuna"])
+def test_an_interrupted_search_equals_an_uninterrupted_one(name, tmp_path):
+    if name == "optuna":
+        pytest.importorskip("optuna")
+    problem = ClosedForm(20, devices=2, speedup=2.0, fail_one_in=7)
+    plan = SearchPlan(
+        searcher=name,
+        options=LIGHT.get(name, {}),
+        cost=Cost(trials=22),
+        fidelity=Fidelity(rungs=(0.3, 1.0)),
+    )
+    first = Header(space=problem.space, goals=problem.goals, limit=problem.limit, plan=plan, facts=problem.facts)
+
+    def make(h: Header) -> Searcher:
+        return resolve("searcher", name)(h.space, h.goals, h.limit, h.facts, h.plan.seed, **h.plan.options)
+
+    whole = tmp_path / "whole.jsonl"
+    with Journal.create(whole, first.event()) as journal:
+        run_serial(Controller.begin(journal, make), problem)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    for cut in (3, len(lines) // 2, len(lines) - 4):
+        path = tmp_path / f"cut{cut}.jsonl"
+        path.write_bytes(b"".join(lines[:cut]))
+        with Journal.open(path) as journal:
+            controller = Controller.resume(journal, make)
+            run_serial(controller, problem)
+            assert controller.notes == list(journal.notes)  # it asked again as it had
+        assert asked(path) == asked(whole)
+
+
+def asked(path: Path) -> dict[int, tuple[object, object]]:
+    """What was proposed under each number, and how it ended."""
+    events = read(path).events
+    asks = {e["number"]: (e["genotype"], e.get("note")) for e in events if e.get("why") == "new"}
+    ends = {e["number"]: (e["state"], e.get("outcome")) for e in events if e["number"] and e["state"] != "running"}
+    return {number: (asks[number], ends[number]) for number in asks}
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp"])

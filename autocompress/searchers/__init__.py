@@ -7,6 +7,7 @@ a fresh one. Random numbers come from (seed, number) alone, so concurrent trials
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from autocompress.types import Proposal, Trial
@@ -22,4 +23,13 @@ class Searcher(Protocol):
 
     def tell(self, trial: Trial) -> None:
         """Learn an ended trial (any state, any order). A later tell of the same number replaces the earlier one."""
+        ...
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """A searcher that can hand something to the searches after it."""
+
+    def save(self, folder: Path) -> None:
+        """Called with the run's folder when a search ends, and again when it ends after it was resumed."""
         ...

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
+from autocompress.store import write_atomic
 from autocompress.types import UserError
 
 Array = NDArray[np.floating]
@@ -118,7 +119,7 @@ class Agent:
     def save(self, path: Path, about: dict[str, Any]) -> None:
         """Write the weights as safetensors; `about` (JSON) says where they were learned."""
         note = {"format": FORMAT, "about": json.dumps(about, sort_keys=True)}
-        save_file({name: np.ascontiguousarray(value) for name, value in self.weights.items()}, path, metadata=note)
+        write_atomic(path, save({name: np.ascontiguousarray(v) for name, v in self.weights.items()}, metadata=note))
 
     def load(self, path: Path) -> dict[str, Any]:
         """Take over an agent's weights; says where they were learned. Raises UserError for a file that does not fit."""

@@ -30,8 +30,15 @@ FLAT = 4.0  # prior variance of the mean
 class Coding:
     """Genotypes as rows of indicators: one column per choice that does not leave its gene alone."""
 
-    def __init__(self, space: Space, facts: Facts, effect: Sequence[float] | None = None) -> None:
-        """`effect`, one number per column: what a probe found each choice to do, in any unit."""
+    def __init__(
+        self,
+        space: Space,
+        facts: Facts,
+        effect: Sequence[float] | None = None,
+        mean: Sequence[float] | None = None,
+    ) -> None:
+        """One number per column each: `effect` is what a probe found a choice to do here, in any unit; `mean` what such
+        a choice did elsewhere, in the unit of what is told."""
         self.space = space
         sizes = [len(gene.choices) for gene in space.genes]
         self.start = np.concatenate([[0], np.cumsum([size - 1 for size in sizes])]).astype(int)
@@ -41,9 +48,10 @@ class Coding:
         self.group = groups_of(space.genes)
         known = np.zeros(self.width) if effect is None else np.asarray(effect, dtype=float)
         self.known = known / max(float(np.abs(known).mean()), 1e-12) if known.any() else known
+        self.mean = np.zeros(self.width) if mean is None else np.asarray(mean, dtype=float)
         self.shared = self._shared(facts.sites)
         # A choice that a probe found to do much is the one whose own effect is most uncertain.
-        self.own = 0.3 + 0.7 * np.abs(self.known) if known.any() else 0.5 + 0.5 * self._share(facts.sites)[self.gene]
+        self.own = 0.3 + 0.7 * np.abs(self.known) if known.any() else 0.5 + 0.5 * work(space, facts.sites)[self.gene]
 
     def row(self, genotype: Genotype) -> Array:
         """(width,) indicators of one canonical genotype."""
@@ -57,15 +65,11 @@ class Coding:
         """(n, width)."""
         return np.stack([self.row(g) for g in genotypes]) if genotypes else np.zeros((0, self.width))
 
-    def _share(self, sites: Sequence[Site]) -> Array:
-        """(genes,) each site's work over the mean; 1 where it is not known."""
-        macs = {site.name: float(site.macs) for site in sites}
-        mean = sum(macs.values()) / len(macs) if macs else 0.0
-        return np.array([macs.get(gene.site, mean) / mean if mean else 1.0 for gene in self.space.genes])
-
     def _shared(self, sites: Sequence[Site]) -> Array:
         """(width, features): which setting, how far it goes, and the same weighted by what the site is like."""
-        about = np.stack([np.ones(len(self.space.genes)), self._share(sites), *_traits(self.space, sites).T], axis=1)
+        about = np.stack(
+            [np.ones(len(self.space.genes)), work(self.space, sites), *_traits(self.space, sites).T], axis=1
+        )
         keys = [(int(self.group[g]), int(c)) for g, c in zip(self.gene, self.choice, strict=True)]
         at = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         which = np.zeros((self.width, len(at)))
@@ -73,9 +77,18 @@ class Coding:
         crossed = (which[:, :, None] * about[self.gene][:, None, :]).reshape(self.width, len(at) * about.shape[1])
         if not self.known.any():
             return crossed
+        # How far training wins back what was lost without differs from op to op.
         per_group = np.zeros((self.width, int(self.group.max(initial=0)) + 1))
         per_group[np.arange(self.width), self.group[self.gene]] = self.known
-        return np.concatenate([0.5 * crossed, 4.0 * self.known[:, None], 2.0 * per_group], axis=1)
+        parts = (crossed, self.known[:, None], per_group)
+        return np.concatenate([part / math.sqrt(usual(part, self.start)) for part in parts], axis=1)
+
+
+def work(space: Space, sites: Sequence[Site]) -> Array:
+    """(genes,) each site's multiply-adds over the mean; 1 where they are not known."""
+    macs = {site.name: float(site.macs) for site in sites}
+    mean = sum(macs.values()) / len(macs) if macs else 0.0
+    return np.array([macs.get(gene.site, mean) / mean if mean else 1.0 for gene in space.genes])
 
 
 def groups_of(genes: Sequence[Gene]) -> NDArray[np.int64]:
@@ -150,7 +163,7 @@ class Fit:
         shared, own = self._columns()
         across = shared @ (self.rows @ shared).T + (own**2)[:, None] * self.rows.T
         constant = self.offset + self.scale * FLAT * float(pull.sum())
-        return Guess(constant, self.scale * slope, across, self.scale * pull, self.curved)
+        return Guess(constant, self.coding.mean + self.scale * slope, across, self.scale * pull, self.curved)
 
 
 def fit(
@@ -167,8 +180,9 @@ def fit(
     which earlier run. `doubt` (n,) is variance of each beyond the noise, in units of the variance of `y`. With `like`
     its hyperparameters are taken over instead of being chosen anew.
     """
-    offset, scale = float(np.median(y)), max(float(np.std(y)), 1e-9)
-    told = (y - offset) / scale
+    left = y - rows @ coding.mean
+    offset, scale = float(np.median(left)), max(float(np.std(left)), 1e-9)
+    told = (left - offset) / scale
     apart = np.zeros((len(y), 0)) if beside is None else beside
     unsure = np.zeros(len(y)) if doubt is None else doubt
     best: tuple[float, float, float, float, float, Array] | None = None
@@ -195,16 +209,20 @@ def _solve(root: Array, y: Array) -> Array:
     return np.asarray(np.linalg.solve(root.T, np.linalg.solve(root, y)), dtype=np.float64)
 
 
+def usual(features: Array, start: NDArray[np.int64]) -> float:
+    """Mean square of a genotype's features, summed, if its choices are drawn at random."""
+    sizes = np.diff(start)
+    often = np.repeat(1.0 / (sizes + 1.0), sizes)
+    found = float(((often @ features) ** 2).sum() + ((often * (1 - often)) @ features**2).sum())
+    return max(found, 1e-12)
+
+
 def _scaled(coding: Coding, own: float) -> tuple[Array, Array]:
     """Columns of both additive parts, scaled so that a genotype drawn at random has about variance 1."""
     sizes = np.diff(coding.start)
-    usual = np.repeat(1.0 / (sizes + 1.0), sizes)  # how often each choice is drawn
-    shared = float(((usual[:, None] * coding.shared).sum(axis=0) ** 2).sum() + (usual @ coding.shared**2).sum())
-    alone = float(usual @ coding.own**2)
-    return (
-        coding.shared * math.sqrt((1.0 - own) / max(shared, 1e-12)),
-        coding.own * math.sqrt(own / max(alone, 1e-12)),
-    )
+    alone = max(float(np.repeat(1.0 / (sizes + 1.0), sizes) @ coding.own**2), 1e-12)
+    shared = usual(coding.shared, coding.start)
+    return coding.shared * math.sqrt((1.0 - own) / shared), coding.own * math.sqrt(own / alone)
 
 
 def _traits(space: Space, sites: Sequence[Site]) -> Array:

@@ -22,7 +22,7 @@ import numpy as np
 
 from autocompress import space as sp
 from autocompress.pareto import Score
-from autocompress.searchers.agent import Agent
+from autocompress.searchers.agent import FILE, Agent
 from autocompress.searchers.belief import Array
 from autocompress.searchers.design import first
 from autocompress.searchers.fresh import Taken, numbered
@@ -37,9 +37,9 @@ REAL = 12  # told trials in one update
 
 class PolicyGradient:
     """ask/tell. Options: `agent`, a file or OUT folder of an earlier search to start from; `design` first asks that
-    span the space; `walks` imagined per update, `updates` per ask, `hidden` width, `rate` of learning, `entropy` bonus
-    at the start, `decay`, the number of asks after which a third of it is left, `mask`, and `draw`: how far from the
-    mean of what is believed imagined walks are judged."""
+    span the space (8, with an agent 1); `walks` imagined per update, `updates` per ask, `hidden` width, `rate` of
+    learning, `entropy` bonus at the start, `decay`, the number of asks after which a third of it is left, `mask`, and
+    `draw`: how far from the mean of what is believed imagined walks are judged."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class PolicyGradient:
         seed: int,
         *,
         agent: str = "",
-        design: int = 8,
+        design: int | None = None,
         walks: int = 32,
         updates: int = 1,
         hidden: int = 32,
@@ -60,6 +60,7 @@ class PolicyGradient:
         mask: bool = True,
         draw: float = 0.2,
     ) -> None:
+        design = design if design is not None else 1 if agent else 8
         if min(design, walks, updates, hidden) < 1 or rate <= 0 or decay <= 0 or entropy < 0:
             raise UserError("policy_gradient: design, walks, updates, hidden, rate and decay must be positive")
         self.space, self.goals, self.limit, self.seed = space, tuple(goals), limit, seed
@@ -68,7 +69,7 @@ class PolicyGradient:
         self.walker = Walker(space, facts)
         self.agent = Agent(WIDTH, hidden, seed)
         self.origin = self.agent.load(Path(agent)) if agent else {}
-        self.beliefs = Beliefs(space, goals, limit, facts)
+        self.beliefs = Beliefs(space, goals, limit, facts, self.origin.get("lessons"))
         self.taken = Taken(space)
         self.numbers: set[int] = set()
         self.asked = 0
@@ -101,9 +102,13 @@ class PolicyGradient:
         self.numbers.add(trial.number)
         self.beliefs.tell(trial.number, trial)
 
-    def save(self, path: Path) -> None:
-        """Write the agent to a file, for the option `agent` of another search."""
-        self.agent.save(path, {"space": self.space.name, "genes": len(self.space.genes), "trials": self.beliefs.count})
+    def save(self, folder: Path) -> None:
+        """Write the agent, and what it learned of choices, for the option `agent` of another search."""
+        lessons = dict(self.origin.get("lessons", {}))
+        for key, pair in self.beliefs.lessons().items():
+            lessons[key] = [(a + b) / 2 for a, b in zip(lessons.get(key, pair), pair, strict=True)]
+        about = {"space": self.space.name, "genes": len(self.space.genes), "trials": self.beliefs.count}
+        self.agent.save(folder / FILE, {**about, "lessons": lessons})
 
     # --- one ask ----------------------------------------------------------------------------------------------------
 
@@ -134,7 +139,7 @@ class PolicyGradient:
                     kept.append(n)
         else:
             kept = sorted(order, key=lambda n: scores[n].violation)[:4]
-        found = [sp.canonical(self.space, self.beliefs.trials[n].genotype) for n in kept]
+        found = [sp.canonical(self.space, self.beliefs.trials[n].genotype) for n in kept] or list(self.first)
         return found, np.array([front.fastest - 0.15, min(front.widest, 0.0)])
 
     def _imagine(

@@ -26,9 +26,9 @@ DESIGNED = ("evolution", "policy_gradient", "gradient")  # take an option `desig
 
 
 class Portfolio:
-    """ask/tell. Options: `members`, the first of which also makes the `design` first asks; `options` of members by
-    name; `floor`, the least share of the asks of each; `window` asks that credit looks back; `explore`, the bonus's
-    weight; `agent`, an option of policy_gradient."""
+    """ask/tell. Options: `members`, the first of which also makes the `design` first asks (10, with an agent 4);
+    `options` of members by name; `floor`, the least share of the asks of each; `window` asks that credit looks back;
+    `explore`, the bonus's weight; `agent`, an option of policy_gradient."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Portfolio:
         *,
         members: Sequence[str] = MEMBERS,
         options: Mapping[str, Mapping[str, Any]] | None = None,
-        design: int = 10,
+        design: int | None = None,
         floor: float = 0.02,
         window: int = 60,
         explore: float = 0.03,
@@ -49,6 +49,7 @@ class Portfolio:
         names = tuple(members)
         if not names or len(set(names)) < len(names) or "portfolio" in names:
             raise UserError("portfolio: option members: names of different searchers, portfolio not among them")
+        design = design if design is not None else 4 if agent else 10
         if design < 1 or window < 1 or explore < 0 or not 0 <= floor * len(names) < 1:
             raise UserError("portfolio: needs design and window >= 1, explore >= 0, and floor * members below 1")
         if strange := [name for name in options or {} if name not in names]:
@@ -100,11 +101,11 @@ class Portfolio:
             mine = trial.note.get("member") == name
             member.tell(trial.model_copy(update={"note": own if mine else {}}))
 
-    def save(self, path: Path) -> None:
+    def save(self, folder: Path) -> None:
         """Write the agent of policy_gradient, if it is a member."""
         for member in self.members.values():
             if (save := getattr(member, "save", None)) is not None:
-                save(path)
+                save(folder)
 
     def _turn(self) -> str:
         """Whoever was not asked for too long, else the highest credit and bonus."""
