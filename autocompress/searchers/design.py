@@ -31,6 +31,7 @@ TOGETHER = 2  # of them in one of the first candidates: cuts of more at once lea
 
 BEYOND = 4.0  # times a budget's speedup up to which the first candidates go
 SCALED = 0.7  # spread of the logarithm of an op's factor
+SPARED = 10.0  # factor on the divergence of ops that are to stay away
 VIEWS = 8  # at most, of fronts with other factors
 EVEN = (1 / 3, 1 / 2, 2 / 3, 3 / 4, 5 / 6, 1.0)  # shares of the blocks dropped
 
@@ -111,9 +112,17 @@ def fed(model: Additive, facts: Facts, goals: Sequence[Goal], count: int, rng: R
 
 
 def _scaled(knapsack: Knapsack, shares: Floats, most: float, count: int, rng: Random) -> Iterator[Genotype]:
-    """Fronts of models in which each op's divergence counts otherwise."""
+    """Fronts of models in which each op's divergence counts otherwise, that of all but TOGETHER cutting ones more."""
+    space = knapsack.model.space
+    cutting = [op for op in CUTTING if any(gene.op == op for gene in space.genes)]
     for _ in range(VIEWS):
-        factors = np.array([math.exp(rng.gauss(0.0, SCALED)) for _ in groups(knapsack.model.space)])
+        spared = set(cutting) - set(rng.sample(cutting, min(TOGETHER, len(cutting))))
+        factors = np.array(
+            [
+                math.exp(rng.gauss(0.0, SCALED)) * (SPARED if space.genes[members[0]].op in spared else 1.0)
+                for members in groups(space)
+            ]
+        )
         yield from _ordered(knapsack.model, knapsack.front(shares, factors), shares, most, count)
 
 
