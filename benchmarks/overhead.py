@@ -2,7 +2,8 @@
 
     python benchmarks/overhead.py [--quick] [--json FILE]
 
-`core_s_2000`: controller, journal and evolution, 2,000 trials in this process, without the evaluator's own time.
+`core_s_2000`: controller, journal and random search, 2,000 trials in this process, without the evaluator's own time.
+`ask_ms`: processor time of evolution's ask at 60 genes, the median of trials 101 to 200 (it breeds some 200 children).
 `tune_ms_per_trial_200`: through a local Ray Tune, 4 at once, the median time between the ends of two trials.
 `first_trial_s`: a fresh Python process until the first trial is asked, Ray's start included.
 `import_s`, `help_s`: median of fresh processes. `--quick` takes fewer repetitions.
@@ -35,6 +36,7 @@ from autocompress.types import Assignment, Cost, Outcome, SearchPlan, State
 
 GOALS = {
     "core_s_2000": 5.0,
+    "ask_ms": 30.0,
     "tune_ms_per_trial_200": 50.0,
     "first_trial_s": 8.0,
     "import_s": 0.5,
@@ -43,15 +45,15 @@ GOALS = {
 CHILD = "--until-first-trial"
 
 
-def begin(path: Path, trials: int, problem: ClosedForm) -> Controller:
-    """A new search with evolution on the closed form, journal at `path`."""
-    plan = SearchPlan(searcher="evolution", cost=Cost(trials=trials, minutes=60))
+def begin(path: Path, trials: int, problem: ClosedForm, searcher: str = "evolution") -> Controller:
+    """A new search on the closed form, journal at `path`."""
+    plan = SearchPlan(searcher=searcher, cost=Cost(trials=trials, minutes=60))
     head = Header(space=problem.space, goals=problem.goals, limit=problem.limit, plan=plan, facts=problem.facts)
 
-    def searcher(h: Header) -> Searcher:
+    def make(h: Header) -> Searcher:
         return resolve("searcher", h.plan.searcher)(h.space, h.goals, h.limit, h.facts, h.plan.seed)
 
-    return Controller.begin(Journal.create(path, head.event()), searcher)
+    return Controller.begin(Journal.create(path, head.event()), make)
 
 
 class Timed:
@@ -73,10 +75,10 @@ class Timed:
 
 
 def core(folder: Path, trials: int = 2000) -> dict[str, float]:
-    """Controller, journal and evolution alone."""
+    """Controller, journal and random search alone."""
     evaluator = Timed(ClosedForm(20))
     started = time.perf_counter()
-    controller = begin(folder / "core.jsonl", trials, evaluator.problem)
+    controller = begin(folder / "core.jsonl", trials, evaluator.problem, "random")
     run_serial(controller, evaluator)
     controller.journal.close()
     total = time.perf_counter() - started
@@ -85,6 +87,19 @@ def core(folder: Path, trials: int = 2000) -> dict[str, float]:
         raise RuntimeError(f"{ended} of {trials} trials ended")
     size = (folder / "core.jsonl").stat().st_size / 1e6
     return {"core_s_2000": total - evaluator.seconds, "core_evaluator_s": evaluator.seconds, "core_journal_mb": size}
+
+
+def ask(trials: int = 200) -> dict[str, float]:
+    """What evolution thinks about a proposal."""
+    problem = ClosedForm(60)
+    searcher = resolve("searcher", "evolution")(problem.space, problem.goals, problem.limit, problem.facts, 0)
+    spent: list[float] = []
+    for number in range(1, trials + 1):
+        started = time.process_time()
+        proposal = searcher.ask(number, [])
+        spent.append(1000 * (time.process_time() - started))
+        searcher.tell(problem.trial(number, proposal.genotype, proposal.note))
+    return {"ask_ms": statistics.median(spent[trials // 2 :])}
 
 
 def tune(folder: Path, trials: int = 200) -> dict[str, float]:
@@ -166,7 +181,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         figures["import_s"] = command(max(3, repetitions), "-c", "import autocompress")
         figures["help_s"] = command(max(3, repetitions), "-c", "from autocompress.cli import main; main()", "--help")
-        figures |= core(Path(folder))
+        figures |= core(Path(folder)) | ask()
         figures["first_trial_s"] = first_trial(repetitions)
         figures |= tune(Path(folder))
     table = Table("figure", "value", "goal", "", title="Overhead of the search itself")
