@@ -29,7 +29,6 @@ from autocompress.pipeline import BATCHNORM_BATCHES, Shaped, Work, shape
 from autocompress.ranks import spearman
 from autocompress.searchers.design import first, spread
 from autocompress.slices import Slice, slice_of
-from autocompress.stages import answers
 from autocompress.tasks import several
 from autocompress.tasks.recipe import recipe
 from autocompress.train import Training, bf16_pays, channels_last, draw, one_cycle, reestimate_batchnorm
@@ -43,7 +42,9 @@ RATE = 0.4  # of the recipe's: 0.03 on ResNet-56
 TEMPERATURE = 4.0
 LOOK_AGAIN = 50  # steps after which it is tried again how many threads pay
 CHECKED = 8  # structures by which slices are compared with trained candidates
-CHECK_STEPS = 100
+CHECK_STEPS = 60
+CHECK_SAMPLES = 512  # of calibration, on which both are held against the parent's answers
+SHARE = 0.75  # of the seconds for sharing; the rest is for the comparison
 AGREE = 0.7  # rank correlation from which slices decide who is trained
 Step = Callable[[str, int, int, float], None]
 """Told what is done, how many of how many are done, and how many seconds are left."""
@@ -141,9 +142,9 @@ def train(
     seed: int,
     step: Step = lambda _words, _done, _total, _left: None,
 ) -> Found | None:
-    """Share the parent's weights among structures of the space for so many seconds, a fifth of them for the comparison.
+    """Share the parent's weights among structures of the space for so many seconds.
 
-    None where the space has fewer than FEWEST structures that only take away.
+    A quarter of them is for the comparison with trained candidates. None where the space has fewer than FEWEST structures that only take away.
     """
     began, most = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(1)  # single samples: more would wait for one another
@@ -154,10 +155,11 @@ def train(
     checked, used = slices[:CHECKED], slices[CHECKED:] if len(slices) >= FEWEST + CHECKED else slices
     sharing = Sharing(work, used, seed)
     torch.set_num_threads(most)
-    steps = sharing.run(began + 0.8 * seconds, step)
+    steps = sharing.run(began + SHARE * seconds, step)
     donor = sharing.module.eval()
     found = Found(donor, len(used), steps)
     with_donor = replace(work, donor=donor)
+    torch.set_num_threads(1)  # as candidates are trained
     if len(checked) >= FEWEST:
         found = replace(found, agreement=agreement(with_donor, space, checked, began + seconds, seed, step))
     return replace(found, seconds=time.perf_counter() - began)
@@ -255,7 +257,7 @@ class Sharing:
 
 
 def agreement(work: Work, space: Space, slices: Sequence[Slice], until: float, seed: int, step: Step) -> float | None:
-    """Spearman's correlation of the quality of slices with what a little training makes of them.
+    """Spearman's correlation of how far slices are from the parent with how far a little training leaves them.
 
     As many as there is time for, at least FEWEST; None where all are equal.
     """
@@ -266,22 +268,25 @@ def agreement(work: Work, space: Space, slices: Sequence[Slice], until: float, s
             break
         step("comparing slices with trained candidates", done, len(slices), max(left, 0.0))
         shaped = shape(work, sp.decode(space, one.genotype))
-        before.append(_quality(work, shaped))
-        trainer = _training(work, shaped, seed)
+        before.append(distance(work, shaped))
+        trainer = Training(
+            shaped.module, work.task, epochs=1.0, seed=seed, teacher=work.parent, weight=1.0, temperature=TEMPERATURE,
+            lr=RATE * recipe(work.task).lr, bf16=work.bf16, pause=work.gate.step,
+        )  # fmt: skip
         trainer.run_to(min(1.0, CHECK_STEPS / trainer.total))
         reestimate_batchnorm(shaped.module, work.task, BATCHNORM_BATCHES)
-        after.append(_quality(work, shaped))
+        after.append(distance(work, shaped))
     if len(set(before)) < 2 or len(set(after)) < 2:
         return None
     return spearman(np.array(before), np.array(after))
 
 
-def _training(work: Work, shaped: Shaped, seed: int) -> Training:
-    return Training(
-        shaped.module, work.task, epochs=1.0, seed=seed, teacher=work.parent, weight=1.0, temperature=TEMPERATURE,
-        lr=RATE * recipe(work.task).lr, bf16=work.bf16, pause=work.gate.step,
-    )  # fmt: skip
-
-
-def _quality(work: Work, shaped: Shaped) -> float:
-    return work.task.quality(answers(shaped.module), "selection").value.value
+def distance(work: Work, shaped: Shaped) -> float:
+    """Mean loss of responses against the parent's: smoother in few samples than quality is."""
+    losses, module = list[float](), shaped.module.eval()
+    with torch.no_grad():
+        for inputs, _ in work.task.batches("calibration", 64, limit=CHECK_SAMPLES):
+            arguments = several(inputs)
+            mine, theirs = several(module(*arguments)), several(work.parent(*arguments))
+            losses.append(float(responses_loss(mine, theirs, 1.0)))
+    return sum(losses) / len(losses)
