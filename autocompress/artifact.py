@@ -176,8 +176,9 @@ def write(
     `weights` may come as safetensors bytes already; `variants` are further ONNX files by name (`model-<variant>.onnx`)
     where one file does not serve every device, and the manifest's `models` says which is whose; `beside` are STORED,
     OPTIMIZED, CHECK and SAMPLES where there are such. Weights of a large file go into one of their own,
-    `model.onnx.data`, which the manifest vouches for too. Hashes are filled in here. An artifact of an earlier run is replaced, files in it
-    that are not ours are kept. Raises UserError if the folder holds something else or cannot be written.
+    `model.onnx.data`, which the manifest vouches for too. Hashes are filled in here. An artifact of an earlier run is
+    replaced, files in it that are not ours are kept. Raises UserError if the folder holds something else or cannot be
+    written.
     """
     for name in variants or {}:
         if not _VARIANT.fullmatch(name):

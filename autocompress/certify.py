@@ -25,7 +25,7 @@ MORE = ("speedup", "throughput")
 SESSIONS = 5
 """Fresh timing processes per device and finalist: what one costs is about SESSION_S."""
 SAMPLES = 500
-"""Of which a device's quality is known well enough; a selection split is used whole, and a smaller one is said to be."""
+"""Of which a device's quality is known well enough; splits are used whole, and a smaller one is said to be."""
 SESSION_S = 2.5  # at most, for files that load fast: 1.5 s of timing, a process, two loads
 
 

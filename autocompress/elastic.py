@@ -144,7 +144,8 @@ def train(
 ) -> Found | None:
     """Share the parent's weights among structures of the space for so many seconds.
 
-    A quarter of them is for the comparison with trained candidates. None where the space has fewer than FEWEST structures that only take away.
+    A quarter of them is for the comparison with trained candidates. None where the space has fewer than FEWEST
+    structures that only take away.
     """
     began, most = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(1)  # single samples: more would wait for one another
