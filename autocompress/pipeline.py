@@ -53,6 +53,7 @@ from autocompress.types import (
     State,
     TrialFailure,
 )
+from autocompress.wording import beyond
 
 STRUCTURE_ORDER = ("block", "replace", "prune", "lowrank")  # low rank last: a rank is a fraction of the pruned shape
 TRAIN_ORDER = ("sparsify", "qat")  # what is rounded is what the masks have left
@@ -625,7 +626,7 @@ class _Path:
             likely = {name: at_best(reading) if reading.noisy else reading for name, reading in self.readings.items()}
             # integers weigh what they weigh: training does not make a file smaller
             if over_every_budget(likely, self.evaluator.budgets, self.facts["size_mb"]):
-                yield State.INFEASIBLE, self.outcome(reason=self.too_slow())
+                yield State.INFEASIBLE, self.outcome(reason=self.too_slow(likely))
                 return
             trainer = training(self.work, shaped, policy, assignment.seed, self.cycles)
         else:
@@ -787,15 +788,14 @@ class _Path:
         except Unreachable as gone:
             return gone
 
-    def too_slow(self) -> str:
-        found = ", ".join(
-            f"{name} {reading.ms.value:.3g} ms{f' and {mb:.3g} MB in memory' if (mb := reading.memory_mb) else ''}"
-            for name, reading in self.readings.items()
-        )
-        bounded = any(budget.size_mb is not None for budget in self.evaluator.budgets)
-        sizes = sorted(set(self.facts["size_mb"].values()))
-        weighs = f", {' or '.join(f'{size:.3g}' for size in sizes)} MB" if bounded else ""
-        return f"over every budget before training: {found}{weighs}"
+    def too_slow(self, likely: Mapping[str, Reading]) -> str:
+        said: list[str] = []
+        for budget in self.evaluator.budgets:
+            name = budget.profile
+            size = self.facts["size_mb"].get(name)
+            broken = [bound for bound, held in meets(likely[name], budget, size).items() if not held]
+            said.append(f"{name} {beyond(likely[name], budget, size, broken)}")
+        return f"over every budget before training: {'; '.join(said)}"
 
     def restore(self, sha: str) -> tuple[Shaped, Training]:
         checkpoint = Checkpoint.model_validate_json(self.files.get(sha))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from autocompress.types import Budget, Candidate
+from autocompress.types import Budget, Candidate, Reading
 
 TIMES, DASH, MINUS = "\u00d7", "\u2013", "\u2212"  # as printed; the source stays free of look-alikes
 MAIN = {
@@ -88,6 +88,24 @@ def wish(budget: Budget) -> str:
     }
     parts = [words.format(asked) for name, words in said.items() if (asked := getattr(budget, name)) is not None]
     return ", ".join(parts) or "none"
+
+
+def beyond(reading: Reading, budget: Budget, size_mb: float | None, bounds: Collection[str]) -> str:
+    """What of a file is beyond these bounds of a budget, and what is asked: `3.10x (5x), 0.832 MB (0.342 MB)`."""
+    found = {
+        "latency_ms": f"{reading.ms.value:.3g} ms",
+        "p95_ms": f"p95 {reading.p95_ms.value:.3g} ms",
+        "speedup": times(reading.speedup),
+        "throughput": f"{reading.throughput.value:.3g}/s",
+        "size_mb": "size unknown" if size_mb is None else f"{size_mb:.3g} MB",
+        "memory_mb": "memory unknown" if reading.memory_mb is None else f"{reading.memory_mb:.3g} MB in memory",
+    }
+    parts = [
+        f"{found[name]} ({wish(Budget.model_validate({'profile': budget.profile, name: getattr(budget, name)}))})"
+        for name in found
+        if name in bounds
+    ]
+    return ", ".join(parts)
 
 
 def times(speedup: float) -> str:

@@ -164,7 +164,10 @@ def test_over_every_budget_ends_before_training(work: Work, tmp_path) -> None:
     assert state is State.INFEASIBLE
     assert "train" not in outcome.seconds
     assert not outcome.quality
-    assert outcome.reason.startswith("over every budget")
+    assert outcome.reason.startswith("over every budget before training: ")
+    for profile in PROFILES:  # what was found, and what was asked for
+        ms = f"{outcome.readings[profile.name].ms.value:.3g} ms"
+        assert f"{profile.name} {ms} (1e-06 ms)" in outcome.reason
 
 
 def test_what_is_predicted_to_be_far_over_every_budget_is_not_measured(work: Work, tmp_path) -> None:
