@@ -363,7 +363,7 @@ def test_a_job_survives_its_file(tmp_path: Path) -> None:
     ("plan", "told"),
     [
         ({"options": {"populaton": 3}, "searcher": "evolution"}, "no option 'populaton'; did you mean 'population'"),
-        ({"options": {"x": 3}}, "searcher 'random' has no option 'x'; known: none"),
+        ({"options": {"x": 3}}, "searcher 'random' has no option 'x'; known: design"),
         ({"searcher": "os:path"}, "is no searcher: it has no ask, no tell"),
         ({"searcher": "evolutoin"}, "did you mean 'evolution'"),
     ],
