@@ -44,8 +44,9 @@ def unseen(kinds: elastic.Structures, space: Space, count: int, seed: int) -> li
     found = list(kinds.some(Facts(), GOALS, count // 2, seed))
     rng = Random(f"{seed}:unseen")
     blocks = [i for i, gene in enumerate(space.genes) if gene.op == "block" and "drop" in gene.choices]
-    for turn in range(count - len(found)):
-        share = 0.1 + 0.55 * turn / max(1, count - len(found) - 1)
+    left = count - len(found)
+    for turn in range(left):
+        share = 0.1 + 0.55 * turn / max(1, left - 1)
         values = list(sp.parent(space))
         for i in rng.sample(blocks, round(share * len(blocks))):
             values[i] = space.genes[i].choices.index("drop")
@@ -78,7 +79,8 @@ def main() -> None:
     task, network, profile = Cifar(), resnet(asked.depth).eval(), resolve_local(load.profile("local-1t"))
     builder = Foreign.of(network, task.input)
     space = auto.targeted(builder, (profile,))
-    ops = make_ops(tuple(dict.fromkeys(gene.op for gene in space.genes if gene.kind == "policy")))
+    asking = [gene.op for gene in space.genes if gene.kind == "policy"] + [rule.op for rule in space.always]
+    ops = make_ops(tuple(dict.fromkeys(asking)))
     work = Work(builder=builder, task=task, ops=ops, parent=network, profiles=(profile,), bf16=bf16_pays())
 
     kinds = elastic.structures(work, space)
