@@ -204,6 +204,7 @@ while True:
 """
 
 
+@pytest.mark.slow  # on two cores the other is always waiting already, and the moment to kill hardly comes
 @pytest.mark.timeout(600)
 def test_two_searches_never_measure_at_once_on_a_host_and_a_killed_one_lets_go(baseline: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
