@@ -30,15 +30,8 @@ FLAT = 4.0  # prior variance of the mean
 class Coding:
     """Genotypes as rows of indicators: one column per choice that does not leave its gene alone."""
 
-    def __init__(
-        self,
-        space: Space,
-        facts: Facts,
-        effect: Sequence[float] | None = None,
-        mean: Sequence[float] | None = None,
-    ) -> None:
-        """One number per column each: `effect` is what a probe found a choice to do here, in any unit; `mean` what such
-        a choice did elsewhere, in the unit of what is told."""
+    def __init__(self, space: Space, facts: Facts, effect: Sequence[float] | None = None) -> None:
+        """`effect`, one number per column: what a probe found each choice to do, in any unit."""
         self.space = space
         sizes = [len(gene.choices) for gene in space.genes]
         self.start = np.concatenate([[0], np.cumsum([size - 1 for size in sizes])]).astype(int)
@@ -48,7 +41,6 @@ class Coding:
         self.group = groups_of(space.genes)
         known = np.zeros(self.width) if effect is None else np.asarray(effect, dtype=float)
         self.known = known / max(float(np.abs(known).mean()), 1e-12) if known.any() else known
-        self.mean = np.zeros(self.width) if mean is None else np.asarray(mean, dtype=float)
         self.shared = self._shared(facts.sites)
         # A choice that a probe found to do much is the one whose own effect is most uncertain.
         self.own = 0.3 + 0.7 * np.abs(self.known) if known.any() else 0.5 + 0.5 * work(space, facts.sites)[self.gene]
@@ -163,7 +155,7 @@ class Fit:
         shared, own = self._columns()
         across = shared @ (self.rows @ shared).T + (own**2)[:, None] * self.rows.T
         constant = self.offset + self.scale * FLAT * float(pull.sum())
-        return Guess(constant, self.coding.mean + self.scale * slope, across, self.scale * pull, self.curved)
+        return Guess(constant, self.scale * slope, across, self.scale * pull, self.curved)
 
 
 def fit(
@@ -180,9 +172,8 @@ def fit(
     which earlier run. `doubt` (n,) is variance of each beyond the noise, in units of the variance of `y`. With `like`
     its hyperparameters are taken over instead of being chosen anew.
     """
-    left = y - rows @ coding.mean
-    offset, scale = float(np.median(left)), max(float(np.std(left)), 1e-9)
-    told = (left - offset) / scale
+    offset, scale = float(np.median(y)), max(float(np.std(y)), 1e-9)
+    told = (y - offset) / scale
     apart = np.zeros((len(y), 0)) if beside is None else beside
     unsure = np.zeros(len(y)) if doubt is None else doubt
     best: tuple[float, float, float, float, float, Array] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +13,9 @@ from autocompress import space as sp
 from autocompress.earlier import SOURCE
 from autocompress.pareto import Score
 from autocompress.searchers.additive import rows as encoded
-from autocompress.searchers.belief import Array, Coding, Fit, Guess, fit, work
+from autocompress.searchers.belief import Array, Coding, Fit, Guess, fit
 from autocompress.surrogate import ceiling
-from autocompress.types import Facts, Gene, Goal, Limit, Space, Trial
+from autocompress.types import Facts, Goal, Limit, Space, Trial
 
 FEWEST = 6  # told trials that a fit needs
 MEMORY = 400  # told trials that a fit takes at most: the latest
@@ -45,16 +45,8 @@ class Outlook:
 class Beliefs:
     """Everything told, and what was fitted to it."""
 
-    def __init__(
-        self,
-        space: Space,
-        goals: Sequence[Goal],
-        limit: Limit,
-        facts: Facts,
-        learned: Mapping[str, Sequence[float]] | None = None,
-    ) -> None:
-        """`learned`: what choices did elsewhere, as `lessons` tells it; counts where nothing was probed."""
-        self.space, self.goals, self.limit, self.sites = space, tuple(goals), limit, facts.sites
+    def __init__(self, space: Space, goals: Sequence[Goal], limit: Limit, facts: Facts) -> None:
+        self.space, self.goals, self.limit = space, tuple(goals), limit
         self.profiles = tuple(dict.fromkeys(b.profile for goal in goals for b in goal.budgets))
         known = facts.baseline_quality
         self.top = None if known is None else known.value.value
@@ -63,9 +55,7 @@ class Beliefs:
             for goal in self.goals
         ]
         gains = probed(space, facts)
-        means = {} if gains or not learned else expected(space, facts, self.profiles, learned)
-        self.guided = bool(means)
-        self.codings = {name: Coding(space, facts, gains.get(name), means.get(name)) for name in ("", *self.profiles)}
+        self.codings = {name: Coding(space, facts, gains.get(name)) for name in ("", *self.profiles)}
         self.trials: dict[int, Trial] = {}
         self.rows: dict[int, Array] = {}
         self.sources: list[int] = []  # earlier runs of which trials were told
@@ -106,40 +96,13 @@ class Beliefs:
 
     def about(self, goal: int, rng: np.random.Generator | None = None, width: float = 1.0) -> Outlook | None:
         """What is expected under a goal, or with `rng` one draw of what may be; None while too little is known."""
-        names = [budget.profile for budget in self.goals[goal].budgets]
-        fits = [self._fit(name, 0) for name in names]
-        if not fits or (None in fits and not self.guided):
+        fits = [self._fit(budget.profile, 0) for budget in self.goals[goal].budgets]
+        latencies = [_function(found, rng, width) for found in fits if found is not None]
+        if len(latencies) < len(fits) or not fits:
             return None
-        latencies = [
-            plain(self.codings[name], self.codings[name].mean) if found is None else _function(found, rng, width)
-            for name, found in zip(names, fits, strict=True)
-        ]
         told = self._fit("", goal)
-        if told is not None:
-            loss = _function(told, rng, width)
-        else:  # all was over budget so far: the fewer cuts the better
-            few = np.full(self.codings[""].width, 2.0 / max(1, len(self.space.genes)))
-            loss = plain(self.codings[""], self.codings[""].mean if self.guided else few)
+        loss = few_cuts(self.codings[""]) if told is None else _function(told, rng, width)
         return Outlook(loss, tuple(latencies), self.bounds[goal])
-
-    def lessons(self) -> dict[str, list[float]]:
-        """What choices alone are believed to do: per question and answer (loss, logarithm of latency at a site of the
-        mean work), means over sites; empty while too little is known."""
-        outlook = self.about(0)
-        if outlook is None or self._fit("", 0) is None:
-            return {}
-        one, none = np.eye(self.codings[""].width), np.zeros((1, self.codings[""].width))
-        share = work(self.space, self.sites)
-        found: dict[str, list[tuple[float, float]]] = {}
-        loss = outlook.loss(one) - outlook.loss(none)
-        latency = outlook.latency(one) - outlook.latency(none)
-        cells = zip(self.codings[""].gene.tolist(), self.codings[""].choice.tolist(), strict=True)
-        for j, (i, c) in enumerate(cells):
-            pair = (float(loss[j]), float(latency[j]) / max(float(share[i]), 1e-3))
-            found.setdefault(answer(self.space.genes[i], c), []).append(pair)
-        return {
-            key: [round(float(np.median(part)), 6) for part in zip(*pairs, strict=True)] for key, pairs in found.items()
-        }
 
     def error(self, profile: str) -> float | None:
         """Standard error of the predicted logarithm of the latency, each trial left out once."""
@@ -208,9 +171,10 @@ def _function(found: Fit, rng: np.random.Generator | None, width: float) -> Gues
     return found.mean() if rng is None else found.draw(rng, width)
 
 
-def plain(coding: Coding, effect: Array) -> Guess:
-    """What is believed where nothing was told."""
-    return Guess(0.0, effect, np.zeros((coding.width, 0)), np.zeros(0), 0.0)
+def few_cuts(coding: Coding) -> Guess:
+    """Where no quality is known, since all was over budget so far: the fewer cuts the better."""
+    nothing = np.zeros((coding.width, 0))
+    return Guess(0.0, np.full(coding.width, 2.0 / max(1, len(coding.space.genes))), nothing, np.zeros(0), 0.0)
 
 
 def _source(number: int, trial: Trial) -> int | None:
@@ -224,24 +188,6 @@ def _rank(a: Sequence[float], b: Sequence[float]) -> float:
         return 0.0
     first, second = (np.argsort(np.argsort(one, kind="stable")) for one in (a, b))
     return float(np.corrcoef(first, second)[0, 1])
-
-
-def answer(gene: Gene, choice: int) -> str:
-    """Name of a choice that other networks have too."""
-    if gene.kind == "arch":
-        return f"arch.{gene.name.rsplit('.', 1)[-1]}={choice}/{len(gene.choices) - 1}"
-    return f"{gene.op}.{gene.param}={gene.choices[choice]}"
-
-
-def expected(
-    space: Space, facts: Facts, profiles: Sequence[str], learned: Mapping[str, Sequence[float]]
-) -> dict[str, list[float]]:
-    """Per column, what choices of the same name did elsewhere; latency in proportion to the site's work."""
-    share = work(space, facts.sites)
-    cells = [(i, c) for i, gene in enumerate(space.genes) for c in range(1, len(gene.choices))]
-    pairs = [learned.get(answer(space.genes[i], c), (0.0, 0.0)) for i, c in cells]
-    latency = [pair[1] * float(share[i]) for pair, (i, _) in zip(pairs, cells, strict=True)]
-    return {"": [pair[0] for pair in pairs], **dict.fromkeys(profiles, latency)} if any(map(any, pairs)) else {}
 
 
 def probed(space: Space, facts: Facts) -> dict[str, list[float]]:

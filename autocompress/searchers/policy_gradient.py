@@ -37,7 +37,7 @@ REAL = 12  # told trials in one update
 
 class PolicyGradient:
     """ask/tell. Options: `agent`, a file or OUT folder of an earlier search to start from; `design` first asks that
-    span the space (8, with an agent 1); `walks` imagined per update, `updates` per ask, `hidden` width, `rate` of
+    span the space; `walks` imagined per update, `updates` per ask, `hidden` width, `rate` of
     learning, `entropy` bonus at the start, `decay`, the number of asks after which a third of it is left, `mask`, and
     `draw`: how far from the mean of what is believed imagined walks are judged."""
 
@@ -50,7 +50,7 @@ class PolicyGradient:
         seed: int,
         *,
         agent: str = "",
-        design: int | None = None,
+        design: int = 5,
         walks: int = 32,
         updates: int = 1,
         hidden: int = 32,
@@ -60,16 +60,15 @@ class PolicyGradient:
         mask: bool = True,
         draw: float = 0.2,
     ) -> None:
-        design = design if design is not None else 1 if agent else 8
-        if min(design, walks, updates, hidden) < 1 or rate <= 0 or decay <= 0 or entropy < 0:
-            raise UserError("policy_gradient: design, walks, updates, hidden, rate and decay must be positive")
+        if min(design, walks, hidden) < 1 or updates < 0 or rate <= 0 or decay <= 0 or entropy < 0:
+            raise UserError("policy_gradient: design, walks, hidden, rate and decay must be positive")
         self.space, self.goals, self.limit, self.seed = space, tuple(goals), limit, seed
         self.walks, self.updates, self.rate = walks, updates, rate
         self.entropy, self.decay, self.mask, self.draw = entropy, decay, mask, draw
         self.walker = Walker(space, facts)
         self.agent = Agent(WIDTH, hidden, seed)
         self.origin = self.agent.load(Path(agent)) if agent else {}
-        self.beliefs = Beliefs(space, goals, limit, facts, self.origin.get("lessons"))
+        self.beliefs = Beliefs(space, goals, limit, facts)
         self.taken = Taken(space)
         self.numbers: set[int] = set()
         self.asked = 0
@@ -103,12 +102,9 @@ class PolicyGradient:
         self.beliefs.tell(trial.number, trial)
 
     def save(self, folder: Path) -> None:
-        """Write the agent, and what it learned of choices, for the option `agent` of another search."""
-        lessons = dict(self.origin.get("lessons", {}))
-        for key, pair in self.beliefs.lessons().items():
-            lessons[key] = [(a + b) / 2 for a, b in zip(lessons.get(key, pair), pair, strict=True)]
+        """Write the agent into a folder, for the option `agent` of another search."""
         about = {"space": self.space.name, "genes": len(self.space.genes), "trials": self.beliefs.count}
-        self.agent.save(folder / FILE, {**about, "lessons": lessons})
+        self.agent.save(folder / FILE, about)
 
     # --- one ask ----------------------------------------------------------------------------------------------------
 

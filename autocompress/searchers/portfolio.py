@@ -26,7 +26,7 @@ DESIGNED = ("evolution", "policy_gradient", "gradient")  # take an option `desig
 
 
 class Portfolio:
-    """ask/tell. Options: `members`, the first of which also makes the `design` first asks (10, with an agent 4);
+    """ask/tell. Options: `members`, the first of which also makes the `design` first asks;
     `options` of members by name; `floor`, the least share of the asks of each; `window` asks that credit looks back;
     `explore`, the bonus's weight; `agent`, an option of policy_gradient."""
 
@@ -40,7 +40,7 @@ class Portfolio:
         *,
         members: Sequence[str] = MEMBERS,
         options: Mapping[str, Mapping[str, Any]] | None = None,
-        design: int | None = None,
+        design: int = 10,
         floor: float = 0.02,
         window: int = 60,
         explore: float = 0.03,
@@ -49,7 +49,6 @@ class Portfolio:
         names = tuple(members)
         if not names or len(set(names)) < len(names) or "portfolio" in names:
             raise UserError("portfolio: option members: names of different searchers, portfolio not among them")
-        design = design if design is not None else 4 if agent else 10
         if design < 1 or window < 1 or explore < 0 or not 0 <= floor * len(names) < 1:
             raise UserError("portfolio: needs design and window >= 1, explore >= 0, and floor * members below 1")
         if strange := [name for name in options or {} if name not in names]:
