@@ -129,7 +129,7 @@ class Tried:
     gained: dict[str, float] = field(default_factory=dict)  # share of the baseline's latency, by profile
     best_kl: float | None = None
     best_gained: dict[str, float] = field(default_factory=dict)
-    smaller: float = 0.0  # share of the size
+    smaller: float | None = None  # share of the size
     used: tuple[latency.Used, ...] = ()
     failed: bool = False
     why: str = ""
@@ -148,9 +148,9 @@ class Tried:
         return worth(self.gained, self.smaller, small) or worth(self.best_gained, self.smaller, small)
 
 
-def worth(gained: Mapping[str, float], smaller: float, small: bool) -> bool:
+def worth(gained: Mapping[str, float], smaller: float | None, small: bool) -> bool:
     """Faster on a device, or smaller where size is bounded."""
-    return any(share > PAYS for share in gained.values()) or (small and smaller > PAYS)
+    return any(share > PAYS for share in gained.values()) or (small and smaller is not None and smaller > PAYS)
 
 
 class _Probe:
@@ -313,6 +313,7 @@ class _Probe:
             ms={name: _figure(share * scale[name]) or 0.0 for name, share in one.gained.items()},
             best_kl=_figure(one.best_kl),
             best_ms={name: _figure(share * scale[name]) or 0.0 for name, share in one.best_gained.items()},
+            smaller=_figure(one.smaller),
             kept=kept,
             why=why,
         )

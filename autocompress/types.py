@@ -377,6 +377,7 @@ class Probed(Record):
     ms: dict[str, float] = {}
     best_kl: float | None = None  # what it adds to the divergence
     best_ms: dict[str, float] = {}
+    smaller: float | None = None  # share of the file's size that it saves
     kept: bool = True
     why: str = ""  # it left the space, or was not tried, one line
 

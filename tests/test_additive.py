@@ -8,12 +8,28 @@ import numpy as np
 import pytest
 
 from autocompress import space as sp
-from autocompress.searchers.additive import additive, rows
+from autocompress.registry import resolve
+from autocompress.searchers.additive import SIZE, additive, rows
 from autocompress.searchers.design import bound, device_shares, evenly, first, integers, spread
 from autocompress.searchers.knapsack import Knapsack
 from autocompress.searchers.random import Random as Control
 from autocompress.testing import ClosedForm
-from autocompress.types import Facts, Gene, Interval, Probed, Reading, Site, Space
+from autocompress.types import (
+    Budget,
+    Facts,
+    Gene,
+    Goal,
+    Interval,
+    Limit,
+    Outcome,
+    Probed,
+    Quality,
+    Reading,
+    Site,
+    Space,
+    State,
+    Trial,
+)  # fmt: skip
 
 
 def rank(a, b) -> float:
@@ -163,3 +179,70 @@ def test_blocks_are_dropped_evenly_too():
     assert half[0::3] == (0, 1, 0, 1, 0, 1)
     assert all(half[i + 2] == 1 for i in range(0, 18, 3) if not half[i])  # what is left in integers
     assert first(space, facts, goals, 6, Random(0))[0] == integers(space)
+
+
+WEIGHTS = (1, 1, 1, 1, 4, 4, 4, 4)  # megabytes of eight blocks
+
+
+def sized_blocks() -> tuple[Space, Facts]:
+    """Eight blocks as above, of which the last four hold most of the weights."""
+    space, facts = blocks(8)
+    saved = {"drop": 1.0, 0.5: 0.5, "int8": 0.75}
+
+    def with_size(one: Probed) -> Probed:
+        weight = WEIGHTS[int(one.gene.rpartition(".")[2])] / sum(WEIGHTS)
+        return one.model_copy(update={"smaller": saved[one.choice] * weight})
+
+    probe = tuple(with_size(one) for one in facts.probe)
+    return space, facts.model_copy(update={"probe": probe, "baseline_size_mb": float(sum(WEIGHTS))})
+
+
+def measured(g: tuple[int, ...]) -> tuple[float, float, float]:
+    """Quality, latency ratio and megabytes of a candidate of them."""
+    lost, ms, mb = 0.0, 0.2, 0.3
+    for (dropped, pruned, integers_), weight in zip(zip(g[::3], g[1::3], g[2::3], strict=True), WEIGHTS, strict=True):
+        lost += 0.03 if dropped else 0.012 * pruned + 0.002 * integers_
+        ms += 0.0 if dropped else (1 - 0.4 * pruned) * (1 - 0.5 * integers_)
+        mb += 0.0 if dropped else weight * (1 - 0.5 * pruned) * (1 - 0.75 * integers_)
+    return 0.9 - lost, ms / 8.2, mb
+
+
+def goal_of(size_mb: float | None) -> Goal:
+    return Goal(name="d", budgets=(Budget(profile="d", speedup=2.5, size_mb=size_mb),))
+
+
+def test_a_bound_on_the_size_takes_weights_where_they_are():
+    space, facts = sized_blocks()
+    model = additive(space, facts)
+    assert [device.profile for device in model.devices] == ["d", SIZE]
+    halves = [(0, 1, 0) * 4 + (0, 0, 0) * 4, (0, 0, 0) * 4 + (0, 1, 0) * 4]
+    (_, light), (_, heavy) = model.ratios(rows(space, halves))
+    assert 1 - heavy == pytest.approx(4 * (1 - light), rel=0.01)
+    plain, small = (first(space, facts, (goal_of(mb),), 12, Random(0)) for mb in (None, 2.0))
+    held = [[measured(g)[2] <= 2.0 for g in found] for found in (plain, small)]
+    assert sum(held[1]) > sum(held[0])
+    assert np.mean(held[1][1:]) > 0.6
+    best = [max(q for q, ratio, mb in map(measured, found) if mb <= 2.0 and ratio <= 0.4) for found in (plain, small)]
+    assert best[1] >= best[0]
+
+
+@pytest.mark.parametrize("name", ["evolution", "gradient", "policy_gradient"])
+def test_searchers_learn_the_size(name):
+    space, facts = sized_blocks()
+    limit = Limit(metric="accuracy", floor=0.6)
+    goal = goal_of(1.5)
+    facts = facts.model_copy(update={"probe": ()})  # told by trials alone
+    searcher = resolve("searcher", name)(space, (goal,), limit, facts, seed=1)
+    held = []
+    for number in range(1, 41):
+        g = searcher.ask(number, []).genotype
+        quality, ratio, mb = measured(g)
+        exact = Interval(value=ratio, low=ratio, high=ratio)
+        seen = reading(8.2 * ratio).model_copy(update={"ratio": exact})
+        score = Quality(
+            metric="accuracy", split="selection", value=Interval(value=quality, low=quality, high=quality), samples=100
+        )
+        outcome = Outcome(fidelity=1.0, readings={"d": seen}, quality={"d": score}, size_mb={"d": mb})
+        searcher.tell(Trial(number=number, genotype=g, state=State.DONE, outcome=outcome))
+        held.append(mb <= 1.5 and ratio <= 0.4)
+    assert np.mean(held[20:]) >= 0.5

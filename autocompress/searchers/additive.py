@@ -23,6 +23,8 @@ from autocompress.types import Choice, Facts, Gene, Genotype, Probed, Site, Spac
 
 Floats = NDArray[np.float64]
 REST = 0.03  # share of the baseline's latency that belongs to no place
+SIZE = "(size)"
+"""Named like a device: the size of the file, whose parts add up as time does, without borders."""
 LEAST, MOST = 0.02, 3.0  # factors on a place's time are kept between these
 TYPICAL_INTEGERS = 0.45  # time of a place in integers, where nothing was measured, as a share
 NEARLY_FREE = 0.1  # of a typical cut's divergence: what integers are taken to cost where nobody looked
@@ -50,7 +52,7 @@ def encoded(space: Space, genotypes: NDArray[np.int64]) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class Device:
-    """One profile's share of the model; times are ratios to the baseline's latency."""
+    """One profile's share of the model; times are ratios to the baseline's latency, for SIZE to the file's size."""
 
     profile: str
     floats: Floats  # (places,) time of each
@@ -81,7 +83,7 @@ class Additive:
         return (rows * self.divergence) @ np.eye(size)[self.group]
 
     def ratios(self, rows: Floats) -> Floats:
-        """(n, devices) latency as ratios to the baseline's, of encoded genotypes."""
+        """(n, devices) latency (for SIZE the size) as ratios to the baseline's, of encoded genotypes."""
         gone, typed = rows @ self.gone > 0, rows @ self.typed > 0
         found = np.zeros((len(rows), len(self.devices)))
         changes = np.zeros(len(rows))
@@ -106,6 +108,8 @@ def additive(space: Space, facts: Facts) -> Additive | None:
     total = {name: facts.baseline[name].ms.value for name in profiles if name in facts.baseline}
     if not total:
         return None
+    if any(one is not None and one.smaller is not None for one in found):
+        total[SIZE] = 1.0
     named = {one.gene for one in facts.probe}
     recipe = tuple(i for i, gene in enumerate(space.genes) if gene.name not in named)
     places = _places(space, facts.sites)
@@ -222,7 +226,7 @@ class _Table:
 
     def gains(self, profile: str, total: float, *, best: bool) -> Floats:
         """(columns,) share of the baseline's latency; where it was not tried that of its like, NaN if none was."""
-        rows = [{} if one is None else one.best_ms if best else one.ms for one in self.found]
+        rows = [{} if one is None else _gained(one, best=best) for one in self.found]
         found = np.array([row.get(profile, np.nan) / total for row in rows], dtype=np.float64)
         kinds: dict[tuple[object, ...], list[int]] = {}
         for j, (i, c) in enumerate(self.cells):
@@ -291,6 +295,13 @@ class _Table:
                 left = 1.0 - gained[j] / max(times[inside].sum(), 1e-9)
                 found[j, inside] = math.log(min(max(left, LEAST), MOST))
         return found
+
+
+def _gained(one: Probed, *, best: bool) -> dict[str, float]:
+    """Milliseconds by profile and the share of the size; a file's bytes do not ask what is beside them."""
+    if best:
+        return one.best_ms
+    return one.ms if one.smaller is None else {**one.ms, SIZE: one.smaller}
 
 
 # --- divergence ---------------------------------------------------------------------------------------------------

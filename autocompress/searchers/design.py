@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
 
 import numpy as np
 
 from autocompress import space as sp
-from autocompress.searchers.additive import Additive, Floats, additive, groups, rows
+from autocompress.searchers.additive import SIZE, Additive, Floats, additive, groups, rows
 from autocompress.searchers.knapsack import Knapsack, thinned
 from autocompress.surrogate import ceiling
 from autocompress.types import Facts, Genotype, Goal, Reading, Space
@@ -34,6 +35,7 @@ SCALED = 0.7  # spread of the logarithm of an op's factor
 SPARED = 10.0  # factor on the divergence of ops that are to stay away
 VIEWS = 8  # at most, of fronts with other factors
 EVEN = (1 / 3, 1 / 2, 2 / 3, 3 / 4, 5 / 6, 1.0)  # shares of the blocks dropped
+SMALL = (0.0, 0.25, 0.5, 0.75)  # of what latency and size count, the latter's shares, where a budget bounds it
 
 
 def first(space: Space, facts: Facts, goals: Sequence[Goal], count: int, rng: Random) -> tuple[Genotype, ...]:
@@ -94,11 +96,11 @@ def fed(model: Additive, facts: Facts, goals: Sequence[Goal], count: int, rng: R
     space, knapsack = model.space, Knapsack(model)
     queues: list[Iterator[Genotype]] = []
     for goal in goals:
-        most, shares = bound(goal, facts.baseline), device_shares(model, goal)
-        own = _ordered(model, knapsack.front(shares), shares, most, count)
-        even = _ordered(model, list(evenly(space)), shares, most, max(2, count // 6))
+        asked = Asked.of(model, goal, facts)
+        own = asked.ordered([g for mix in asked.mixes for g in knapsack.front(mix)], count)
+        even = asked.ordered(list(evenly(space)), max(2, count // 6))
         both = iter(own)
-        queues += [both, iter(even), both, _scaled(knapsack, shares, most, count, rng)]
+        queues += [both, iter(even), both, _scaled(knapsack, asked, count, rng)]
     found = [integers(space)]
     near = max(2, round(0.02 * len(space.genes)))
     while queues and len(found) < count:
@@ -111,7 +113,63 @@ def fed(model: Additive, facts: Facts, goals: Sequence[Goal], count: int, rng: R
     return [trained(model, g, turn) for turn, g in enumerate(found)]
 
 
-def _scaled(knapsack: Knapsack, shares: Floats, most: float, count: int, rng: Random) -> Iterator[Genotype]:
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What a goal's budgets ask of a model's candidates."""
+
+    model: Additive
+    shares: Floats  # (devices,) how much each device's latency counts
+    most: float  # latency ratio
+    small: float | None  # size ratio
+
+    @classmethod
+    def of(cls, model: Additive, goal: Goal, facts: Facts) -> Asked:
+        """The tightest bounds of the goal."""
+        return cls(model, device_shares(model, goal), bound(goal, facts.baseline), size_bound(model, goal, facts))
+
+    @property
+    def mixes(self) -> tuple[Floats, ...]:
+        """(devices,) shares under which the knapsack is solved: of latency alone, or with more and more of the size."""
+        if self.small is None:
+            return (self.shares,)
+        only = np.array([float(device.profile == SIZE) for device in self.model.devices])
+        return tuple((1.0 - size) * self.shares + size * only for size in SMALL)
+
+    def ratios(self, found: Sequence[Genotype]) -> Floats:
+        """(n,) latency ratios; a file that is farther over its size than its latency counts by its size."""
+        known = self.model.ratios(rows(self.model.space, found))
+        latency = known @ self.shares
+        if self.small is None:
+            return latency
+        sizes = known[:, [device.profile for device in self.model.devices].index(SIZE)]
+        return np.maximum(latency, sizes * self.most / self.small)
+
+    def ordered(self, found: Sequence[Genotype], count: int, weights: Floats | None = None) -> list[Genotype]:
+        """From a little above the bounds to far below, evenly in latency, in an order that spans the range early.
+
+        Where several mixes were solved, those only than which none is both gentler and faster.
+        """
+        if not found:
+            return []
+        ratios = self.ratios(found)
+        if self.small is not None:
+            costs = self.model.costs(rows(self.model.space, found))
+            found, ratios = _front(found, ratios, costs.sum(axis=1) if weights is None else costs @ weights)
+        inside = [i for i in range(len(found)) if ratios[i] <= min(1.0, 1.4 * self.most)] or [int(ratios.argmin())]
+        some = list(dict.fromkeys(thinned([found[i] for i in inside], ratios[inside], count, self.most / BEYOND)))
+        return [some[i] for i in sorted(range(len(some)), key=lambda i: _reversed_bits(i, len(some)))]
+
+
+def _front(found: Sequence[Genotype], ratios: Floats, costs: Floats) -> tuple[list[Genotype], Floats]:
+    """Not dominated in ratio and cost, by rising ratio."""
+    kept: list[int] = []
+    for i in np.lexsort((costs, ratios)).tolist():
+        if not kept or costs[i] < costs[kept[-1]]:
+            kept.append(i)
+    return [found[i] for i in kept], ratios[kept]
+
+
+def _scaled(knapsack: Knapsack, asked: Asked, count: int, rng: Random) -> Iterator[Genotype]:
     """Fronts of models in which each op's divergence counts otherwise, that of all but TOGETHER cutting ones more."""
     space = knapsack.model.space
     cutting = [op for op in CUTTING if any(gene.op == op for gene in space.genes)]
@@ -123,7 +181,8 @@ def _scaled(knapsack: Knapsack, shares: Floats, most: float, count: int, rng: Ra
                 for members in groups(space)
             ]
         )
-        yield from _ordered(knapsack.model, knapsack.front(shares, factors), shares, most, count)
+        mix = asked.mixes[rng.randrange(len(asked.mixes))] if asked.small is not None else asked.shares
+        yield from asked.ordered(knapsack.front(mix, factors), count, factors)
 
 
 def bound(goal: Goal, baseline: Mapping[str, Reading]) -> float:
@@ -132,21 +191,21 @@ def bound(goal: Goal, baseline: Mapping[str, Reading]) -> float:
     return min((one for one in asked if one is not None), default=1.0)
 
 
+def size_bound(model: Additive, goal: Goal, facts: Facts) -> float | None:
+    """The lowest size ratio that a budget of the goal asks for; None where none does, or nothing is known of sizes."""
+    if facts.baseline_size_mb <= 0 or all(device.profile != SIZE for device in model.devices):
+        return None
+    asked = (budget.size_mb for budget in goal.budgets if budget.size_mb is not None)
+    return min((size / facts.baseline_size_mb for size in asked), default=None)
+
+
 def device_shares(model: Additive, goal: Goal) -> Floats:
     """(devices,) how much each device's latency counts for a goal; all alike where none of its own was probed."""
     wanted = {budget.profile for budget in goal.budgets}
     found = np.array([float(device.profile in wanted) for device in model.devices])
-    return found / found.sum() if found.any() else np.full(len(found), 1.0 / len(found))
-
-
-def _ordered(model: Additive, found: list[Genotype], shares: Floats, most: float, count: int) -> list[Genotype]:
-    """Those from a little above the bound to far below it, evenly in latency, in an order that spans it early."""
-    if not found:
-        return []
-    ratios = model.ratios(rows(model.space, found)) @ shares
-    inside = [i for i in range(len(found)) if ratios[i] <= min(1.0, 1.4 * most)] or [int(ratios.argmin())]
-    some = list(dict.fromkeys(thinned([found[i] for i in inside], ratios[inside], count, most / BEYOND)))
-    return [some[i] for i in sorted(range(len(some)), key=lambda i: _reversed_bits(i, len(some)))]
+    if not found.any():
+        found = np.array([float(device.profile != SIZE) for device in model.devices])
+    return found / found.sum()
 
 
 def _reversed_bits(i: int, count: int) -> tuple[float, int]:

@@ -178,6 +178,8 @@ def _slopes(outlook: Outlook, rows: Array, aims: Array, weight: Array) -> tuple[
     """Derivative of loss + weight * latency by the indicators, and by how much each row misses its aim."""
     latency = np.array([guess(rows) for guess in outlook.latencies])
     slopes = np.mean([guess.slope(rows) for guess in outlook.latencies], axis=0)
-    over = np.max([one - b for one, b in zip(latency, outlook.bounds, strict=True)], axis=0)
-    missed = np.maximum(latency.mean(axis=0) - aims, over)
+    sizes = [guess(rows) for guess in outlook.sizes]
+    missed = np.maximum(latency.mean(axis=0) - aims, outlook.worst([*latency, *sizes]))
+    for guess, size in zip(outlook.sizes, sizes, strict=True):
+        slopes = slopes + (size > 1.0)[:, None] * guess.slope(rows)
     return outlook.loss.slope(rows) + weight[:, None] * slopes, missed

@@ -23,6 +23,7 @@ AGAIN = 1.2  # growth after which hyperparameters are chosen anew
 PAIRS = 4  # trials of an earlier run that were tried again, from which these tell how well it ranks
 UNKNOWN = 0.7  # correlation of ranks that an earlier run is taken to have before anything tells
 WIDEST = 1.05  # latency ratio up to which a front counts where no budget bounds it
+SIZED = "size:"  # before a profile's name: the size of its files
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Outlook:
     loss: Guess
     latencies: tuple[Guess, ...]  # one per device of the goal
     bounds: tuple[float, ...]  # their upper bounds, as logarithms
+    sizes: tuple[Guess, ...] = ()  # one per device whose budget bounds the file's size, 1 at the bound
 
     def latency(self, rows: Array) -> Array:
         """(n,) logarithm of the ratio, mean over devices."""
@@ -39,7 +41,12 @@ class Outlook:
 
     def excess(self, rows: Array) -> Array:
         """(n,) by how much the worst budget is exceeded; negative below all."""
-        return np.max([g(rows) - b for g, b in zip(self.latencies, self.bounds, strict=True)], axis=0)
+        return self.worst([guess(rows) for guess in (*self.latencies, *self.sizes)])
+
+    def worst(self, values: Sequence[Array]) -> Array:
+        """The same of values at hand, first of `latencies`, then of `sizes`."""
+        bounds = (*self.bounds, *(1.0 for _ in self.sizes))
+        return np.max([value - bound for value, bound in zip(values, bounds, strict=True)], axis=0)
 
 
 class Beliefs:
@@ -54,8 +61,13 @@ class Beliefs:
             tuple(math.log(ceiling(b, facts.baseline.get(b.profile)) or WIDEST) for b in goal.budgets)
             for goal in self.goals
         ]
+        self.most_mb = {
+            f"{SIZED}{b.profile}": b.size_mb for goal in goals for b in goal.budgets if b.size_mb is not None
+        }
         gains = probed(space, facts)
-        self.codings = {name: Coding(space, facts, gains.get(name)) for name in ("", *self.profiles)}
+        sized = dict.fromkeys(self.most_mb, gains.get(SIZED))
+        named = {name: gains.get(name) for name in ("", *self.profiles)}
+        self.codings = {name: Coding(space, facts, known) for name, known in (named | sized).items()}
         self.trials: dict[int, Trial] = {}
         self.rows: dict[int, Array] = {}
         self.sources: list[int] = []  # earlier runs of which trials were told
@@ -100,9 +112,12 @@ class Beliefs:
         latencies = [_function(found, rng, width) for found in fits if found is not None]
         if len(latencies) < len(fits) or not fits:
             return None
+        named = [f"{SIZED}{budget.profile}" for budget in self.goals[goal].budgets]
+        sizes = [self._fit(name, 0) for name in named if name in self.most_mb]
         told = self._fit("", goal)
         loss = few_cuts(self.codings[""]) if told is None else _function(told, rng, width)
-        return Outlook(loss, tuple(latencies), self.bounds[goal])
+        small = tuple(_function(found, rng, width) for found in sizes if found is not None)
+        return Outlook(loss, tuple(latencies), self.bounds[goal], small)
 
     def error(self, profile: str) -> float | None:
         """Standard error of the predicted logarithm of the latency, each trial left out once."""
@@ -160,6 +175,9 @@ class Beliefs:
         return max((1.0 - rank**2) / rank**2, 0.01)
 
     def _value(self, trial: Trial, what: str, goal: int) -> float | None:
+        if what in self.most_mb:
+            size = trial.outcome.size_mb.get(what[len(SIZED) :])
+            return None if size is None else size / self.most_mb[what]
         if what:
             reading = trial.outcome.readings.get(what)
             return None if reading is None else math.log(max(reading.ratio.value, 1e-6))
@@ -191,7 +209,8 @@ def _rank(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def probed(space: Space, facts: Facts) -> dict[str, list[float]]:
-    """Per column of the space, what the probe found: "" the divergence, by profile the share of the latency gained.
+    """Per column of the space, what the probe found: "" the divergence, by profile the share of the latency gained,
+    under SIZED that of the size.
 
     What was looked at in both backgrounds counts by their mean. Empty where nothing was probed.
     """
@@ -207,6 +226,8 @@ def probed(space: Space, facts: Facts) -> dict[str, list[float]]:
         found[profile] = [
             0.0 if one is None else -_mean([one.ms.get(profile), one.best_ms.get(profile)]) / ms for one in rows
         ]
+    if any(one is not None and one.smaller is not None for one in rows):
+        found[SIZED] = [0.0 if one is None else -(one.smaller or 0.0) for one in rows]
     return found
 
 

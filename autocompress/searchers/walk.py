@@ -155,9 +155,10 @@ class _Going:
         self.levels = np.zeros((count, genes))
         self.guesses: list[Believed] = []
         self.reach = np.zeros((count, genes + 1))
+        self.shrinks: list[Array] = []
         self.unit = np.ones((count, 2))
         if outlook is not None:
-            every = (outlook.loss, *outlook.latencies)
+            every = (outlook.loss, *outlook.latencies, *outlook.sizes)
             self.guesses = [Believed(guess, walker.columns, self.state) for guess in every]
             self._surroundings(outlook)
 
@@ -170,10 +171,17 @@ class _Going:
         loss = outlook.loss.slope(rows)
         latency = np.mean([guess.slope(rows) for guess in outlook.latencies], axis=0)
         self.unit = np.stack([np.abs(loss).mean(axis=1), np.abs(latency).mean(axis=1)], axis=1) + 1e-9
-        padded = np.concatenate([latency, np.zeros((len(rows), 1))], axis=1)
+        self.reach = self._won(latency, here)
+        self.shrinks = [self._won(guess.slope(rows), here) for guess in outlook.sizes]
+
+    def _won(self, slope: Array, here: Whole) -> Array:
+        """(walks, genes + 1): what each gene and all later ones can win at most of what has this slope."""
+        padded = np.concatenate([slope, np.zeros((len(slope), 1))], axis=1)
         options = padded[:, self.walker.columns] + np.where(self.walker.closed < 0, np.inf, 0.0)[None]
         wins = np.minimum(options.min(axis=-1) - np.take_along_axis(padded, here, axis=1), 0.0)
-        self.reach[:, :-1] = np.cumsum(wins[:, ::-1], axis=1)[:, ::-1]
+        found = np.zeros((len(slope), here.shape[1] + 1))
+        found[:, :-1] = np.cumsum(wins[:, ::-1], axis=1)[:, ::-1]
+        return found
 
     def go(self, luck: Array | None, chosen: Sequence[Genotype] | None) -> Walks:
         walker = self.walker
@@ -247,21 +255,38 @@ class _Going:
     def _bar(self, i: int, values: Array, barred: Array) -> None:
         """Bar what leaves the aim or a budget out of reach; where that is all, all but the least far."""
         assert self.outlook is not None
-        missed = self._missed(values) + self.reach[:, i + 1, None]
+        missed = self._slow(values) + self.reach[:, i + 1, None]
+        for size, shrinks in zip(self._sizes(values), self.shrinks, strict=True):
+            missed = np.maximum(missed, size - 1.0 + shrinks[:, i + 1, None])
         missed = np.where(barred < 0, np.inf, missed)
         least = np.maximum(missed.min(axis=-1, keepdims=True), 0.0)
         barred[missed > least + 1e-9] = BARRED
 
-    @staticmethod
-    def _mean(values: Array) -> Array:
-        """Latency of the goal, of its devices'."""
-        return values[1] if len(values) == 2 else values[1:].mean(axis=0)
+    def _times(self, values: Array) -> Array:
+        assert self.outlook is not None
+        return values[1 : 1 + len(self.outlook.latencies)]
 
-    def _missed(self, values: Array) -> Array:
+    def _sizes(self, values: Array) -> Array:
+        assert self.outlook is not None
+        return values[1 + len(self.outlook.latencies) :]
+
+    def _mean(self, values: Array) -> Array:
+        """Latency of the goal, of its devices'."""
+        times = self._times(values)
+        return times[0] if len(times) == 1 else times.mean(axis=0)
+
+    def _slow(self, values: Array) -> Array:
+        """By how much the aim or a budget of latency is missed."""
         assert self.outlook is not None
         aims = self.aims if values.ndim == 2 else self.aims[:, None]
-        over = [value - bound for value, bound in zip(values[1:], self.outlook.bounds, strict=True)]
+        over = [value - bound for value, bound in zip(self._times(values), self.outlook.bounds, strict=True)]
         return np.maximum(self._mean(values) - aims, over[0] if len(over) == 1 else np.max(over, axis=0))
+
+    def _missed(self, values: Array) -> Array:
+        missed = self._slow(values)
+        for size in self._sizes(values):
+            missed = np.maximum(missed, size - 1.0)
+        return missed
 
     def _see(self, i: int, values: Array | None, seen: NDArray[np.float32]) -> None:
         """Fill in (walks, most, SEEN)."""
@@ -303,7 +328,7 @@ class _Going:
             nothing = np.zeros(len(self.state))
             return nothing, nothing, nothing
         values = np.stack([guess.value(guess.near, guess.flat) for guess in self.guesses])
-        return values[0], values[1:].mean(axis=0), self._missed(values)
+        return values[0], self._mean(values), self._missed(values)
 
 
 def _fixed(space: Space, sites: Sequence[Site], level: Array) -> Array:
