@@ -52,8 +52,8 @@ ARMS = {
 }
 RESERVE = 5.0  # of the minutes: start, probe, certificates
 EPOCHS = 200.0  # more than any time here allows: a training goes as far along as its minutes reach
-RUNGS = (0.002, 1.0)  # after the slices of an elastic parent less than half an epoch; the rest is for the best few
-FINAL = 0.6  # of the search's minutes
+RUNGS = (0.0005, 0.003, 1.0)  # a tenth of an epoch, then half of one; the rest is for the best few
+FINAL = 0.65  # of the search's minutes
 MARK_S = 120.0  # a training arm is saved at least so often
 SLACK = 0.97
 FINE = 1 / 8  # of the rate, where the network is the trained one itself

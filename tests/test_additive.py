@@ -12,6 +12,7 @@ from autocompress.registry import resolve
 from autocompress.searchers.additive import SIZE, additive, rows
 from autocompress.searchers.design import bound, device_shares, evenly, first, integers, spread
 from autocompress.searchers.knapsack import Knapsack
+from autocompress.searchers.outlook import Beliefs
 from autocompress.searchers.random import Random as Control
 from autocompress.testing import ClosedForm
 from autocompress.types import (
@@ -246,3 +247,28 @@ def test_searchers_learn_the_size(name):
         searcher.tell(Trial(number=number, genotype=g, state=State.DONE, outcome=outcome))
         held.append(mb <= 1.5 and ratio <= 0.4)
     assert np.mean(held[20:]) >= 0.5
+
+
+def test_the_control_says_nothing_of_how_far_candidates_are_trained():
+    space, facts = sized_blocks()
+    limit = Limit(metric="accuracy", floor=0.88)
+    beliefs = Beliefs(space, (goal_of(None),), limit, facts)
+
+    def tell(number: int, g: tuple[int, ...], quality: float, fidelity: float) -> None:
+        _, ratio, mb = measured(g)
+        seen = reading(8.2 * ratio).model_copy(update={"ratio": Interval(value=ratio, low=ratio, high=ratio)})
+        value = Interval(value=quality, low=quality, high=quality)
+        score = Quality(metric="accuracy", split="selection", value=value, samples=100)
+        outcome = Outcome(fidelity=fidelity, readings={"d": seen}, quality={"d": score}, size_mb={"d": mb})
+        beliefs.tell(number, Trial(number=number, genotype=g, state=State.STOPPED, outcome=outcome))
+
+    tell(0, sp.parent(space), 0.9, 1.0)
+    drawn = spread(space, 24, Random(1))
+    for number, g in enumerate(drawn[1:], 1):
+        quality = measured(g)[0] - (0.4 if number % 3 else 0.2)  # a third of them is trained a little longer
+        tell(number, g, quality, 0.001 if number % 3 else 0.003)
+    outlook = beliefs.about(0)
+    assert outlook is not None
+    expected = outlook.loss(rows(space, drawn[1:]))
+    assert (expected > 1).all()  # nobody has come near the floor yet, so nobody is expected there
+    assert rank(expected, [-measured(g)[0] for g in drawn[1:]]) > 0.7

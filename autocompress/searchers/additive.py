@@ -61,6 +61,7 @@ class Device:
     shrink_integers: Floats
     whole: Floats  # (columns,) the same on the whole network, for architecture knobs
     border: float
+    rest: float = REST  # share that belongs to no place
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +96,7 @@ class Additive:
             floats = device.floats * np.exp(rows @ device.shrink)
             integers = device.integers * np.exp(rows @ device.shrink_integers)
             spent = np.where(gone, 0.0, np.where(typed, integers, floats)).sum(axis=1)
-            found[:, d] = np.exp(rows @ device.whole) * (REST + spent) + device.border * changes
+            found[:, d] = np.exp(rows @ device.whole) * (device.rest + spent) + device.border * changes
         return np.maximum(found, 1e-4)
 
 
@@ -208,7 +209,8 @@ class _Table:
         floats = self.times(alone)
         integers = self.integers(floats, alone, best)
         border = self.border(alone, best)
-        scale = (1.0 - REST) / max(floats.sum(), 1e-9)  # the probe knows layers, a network also adds and copies
+        rest = 0.0 if profile == SIZE else REST
+        scale = (1.0 - rest) / max(floats.sum(), 1e-9)  # the probe knows layers, a network also adds and copies
         arch = np.array([self.space.genes[i].kind == "arch" for i, _ in self.cells], dtype=bool)
         left = 1.0 - self.gone @ (floats * scale)
         whole = np.where(arch, np.log(np.clip((1.0 - np.nan_to_num(alone)) / np.clip(left, LEAST, 1), LEAST, MOST)), 0)
@@ -222,6 +224,7 @@ class _Table:
             shrink_integers=np.where(np.isnan(gained)[:, None], shrink, self.factors(integers, gained)),
             whole=whole,
             border=border,
+            rest=rest,
         )
 
     def gains(self, profile: str, total: float, *, best: bool) -> Floats:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress import space as sp
-from autocompress.searchers.additive import REST, Additive, Floats
+from autocompress.searchers.additive import Additive, Floats
 from autocompress.types import Genotype
 
 PRICES = 28
@@ -189,7 +189,7 @@ class _Priced:
             in_floats = (device.floats * np.exp(row @ device.shrink))[:, None] * floats
             in_integers = (device.integers * np.exp(row @ device.shrink_integers))[:, None] * integers
             found = found + self.price * share * whole * np.where(gone, 0.0, np.where(typed, in_integers, in_floats))
-            constant += self.price * share * whole * REST
+            constant += self.price * share * whole * device.rest
         return found, constant
 
     def genotype(self, outer: dict[int, int]) -> Genotype:

@@ -131,15 +131,18 @@ class Beliefs:
         self.fresh[key] = self.count
         rows, values, beside, doubt = [], [], [], []
         trust = {source: self.trust(source, what, goal) for source in self.sources}
-        for number, trial in list(self.trials.items())[-MEMORY:]:
+        told = list(self.trials.items())[-MEMORY:]
+        # What more training adds is as large from a tiny share to a small one as from there to all of it. Expected is
+        # what candidates reach at the highest share seen: the control, trained before, says nothing of training.
+        levels = sorted({trial.outcome.fidelity for number, trial in told if number})[:-1] if not what else []
+        for number, trial in told:
             value = self._value(trial, what, goal)
             if value is not None:
                 rows.append(self.rows[number])
                 values.append(value)
                 mine = _source(number, trial)
-                beside.append(
-                    [0.0 if what else 1.0 - trial.outcome.fidelity, *(float(s == mine) for s in self.sources)]
-                )
+                below = (float(trial.outcome.fidelity == level) for level in levels)
+                beside.append([*below, *(float(s == mine) for s in self.sources)])
                 doubt.append(0.0 if mine is None else trust[mine])
         if len(values) < FEWEST:
             self.fits.pop(key, None)
