@@ -231,11 +231,15 @@ class _Probe:
         found = [
             Tried(gene, choice, place)
             for place, gene in enumerate(self.space.genes)
-            if gene.kind == "arch" or self.phase.get(gene.op) in ("structure", "numeric")
+            if gene.kind == "arch" or (self.phase.get(gene.op) in ("structure", "numeric") and not self.learns(gene.op))
             for choice in gene.choices[1:]
             if genotype(self.space, {place: choice}) != neutral
         ]
         return sorted(found, key=lambda one: (one.gene.kind == "arch", -macs[one.gene.name], one.place))
+
+    def learns(self, op: str) -> bool:
+        """Whether an op's parts begin at random, so that nothing is known of them before training."""
+        return bool(getattr(self.work.ops[op], "learns", False))
 
     # --- one choice
 
@@ -269,7 +273,7 @@ class _Probe:
             one.kl = max(one.kl or 0.0, network.divergence_of(model))
             one.smaller = 1 - len(model) / len(target.floats)
             one.gained |= dict.fromkeys(target.names, 1 - target.ratio(model, target.floats))
-        if self.paid(one):
+        if self.paid(one) and worth(one.gained, None, False):  # a smaller file that is slower alone is not judged yet
             return
         others = {place: choice for place, choice in network.numbers.items() if place != one.place}
         for target in network.targets:

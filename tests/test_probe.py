@@ -26,7 +26,7 @@ from autocompress.probe import probe, reduced
 from autocompress.run import resume, run
 from autocompress.tasks import InputSpec
 from autocompress.tasks.digits import Digits
-from autocompress.types import Cost, Facts, Numeric, Policy, QualityLimit, Rule, TrialFailure, UserError
+from autocompress.types import Budget, Cost, Facts, Numeric, Policy, QualityLimit, Rule, TrialFailure, UserError
 from tests import small_search
 
 
@@ -308,6 +308,14 @@ def test_integers_that_pay_only_together_stay():
     one = probing.Tried(SimpleNamespace(kind="policy"), "int8", 0, kl=0.0, gained={"p": -0.05}, best_gained={"p": 0.02})
     assert not one.pays(1.0, small=False)
     assert one.pays_on_top(1.0, small=False)
+
+
+def test_integers_are_judged_beside_integers_also_where_size_is_bounded(work, space):
+    small = (Budget(profile="local-1t", speedup=2, size_mb=0.01),)
+    found = probe(work, space, facts(work), small, seconds=60)
+    slower = [one for one in found.probed if one.choice == "int8" and one.ms and one.ms["local-1t"] < 0]
+    assert all(one.best_ms for one in slower), slower
+    assert all(one.smaller is not None for one in found.probed if one.ms)
 
 
 # --- in a search ------------------------------------------------------------------------------------------------------
