@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 from scipy.special import stdtrit
 
 from autocompress.devices import Unreachable
-from autocompress.pareto import meets
+from autocompress.pareto import meets, tails
 from autocompress.types import Budget, Goal, Interval, Limit, Quality, Reading, Record
 
 T = TypeVar("T")
@@ -97,6 +97,9 @@ def pool(readings: Sequence[Reading]) -> Reading:
         ms=_pooled([reading.ms for reading in readings]),
         p95_ms=max((reading.p95_ms for reading in readings), key=lambda one: one.high),
         p99_ms=max((one for reading in readings if (one := reading.p99_ms)), key=lambda one: one.high, default=None),
+        p50_ms=max((one for reading in readings if (one := reading.p50_ms)), key=lambda one: one.high, default=None),
+        worst_ms=max((one for reading in readings if (one := reading.worst_ms) is not None), default=None),
+        inputs=first.inputs,
         baseline_ms=_pooled([reading.baseline_ms for reading in readings]),
         ratio=_pooled([reading.ratio for reading in readings]),
         samples=sum(reading.samples for reading in readings),
@@ -136,7 +139,7 @@ def bounds(budget: Budget, reading: Reading, size_mb: float | None) -> tuple[Bou
     """Every bound that a budget states, against the unfavourable end of the interval (the search's own rule)."""
     figures: dict[str, tuple[float | None, float | None]] = {
         "latency_ms": (reading.ms.value, reading.ms.high),
-        "p95_ms": (reading.p95_ms.value, reading.p95_ms.high),
+        **tails(reading),
         "speedup": (reading.speedup, 1.0 / reading.ratio.high),
         "throughput": (reading.throughput.value, reading.throughput.low),
         "size_mb": (size_mb, size_mb),
@@ -229,8 +232,8 @@ def _says(bound: Bound) -> str:
         return f"{bound.profile}: {bound.bound:.2f}x (lower bound) of the {bound.budget:g}x asked"
     if bound.name == "throughput":
         return f"{bound.profile}: {bound.bound:.4g} samples/s (lower bound) of the {bound.budget:g} asked"
-    if bound.name in ("latency_ms", "p95_ms"):
-        which = "p95 " if bound.name == "p95_ms" else ""
+    if bound.name.endswith("_ms"):
+        which = "" if bound.name == "latency_ms" else f"{bound.name.removesuffix('_ms')} "
         return f"{bound.profile}: {which}{bound.bound:.3f} ms (upper bound), budget {bound.budget:g} ms"
     what = "memory " if bound.name == "memory_mb" else ""
     return f"{bound.profile}: {what}{bound.bound:.3f} MB, budget {bound.budget:g} MB"

@@ -106,7 +106,8 @@ def samples(proof: Certificate) -> bytes | None:
     """The .npz of a certificate's single runs, None where its sessions have none.
 
     Arrays `PROFILE:SESSION:FILE` in whole nanoseconds and in the order taken, `PROFILE:SESSION:FILE:blocks` how many of
-    them are in each block; FILE is `model` or `baseline`. Equal runs give equal bytes.
+    them are in each block; FILE is `model` or `baseline`. `PROFILE:SESSION:inputs` is there where a model was timed
+    with so many real samples in turn. Equal runs give equal bytes.
     """
     arrays: dict[str, NDArray[Any]] = {}
     for profile, sessions in proof.each.items():
@@ -116,6 +117,8 @@ def samples(proof: Certificate) -> bytes | None:
             for name, blocks in (("model", reading.runs.model), ("baseline", reading.runs.baseline)):
                 flat = np.rint(np.array([ms for block in blocks for ms in block]) * NS).astype(np.uint64)
                 key = f"{profile}:{index}:{name}"
+                if name == "model" and reading.runs.inputs:
+                    arrays[f"{profile}:{index}:inputs"] = _small(np.array([reading.runs.inputs]))
                 arrays[key] = _small(flat)
                 arrays[f"{key}:blocks"] = _small(np.array([len(block) for block in blocks]))
     if not arrays:
@@ -150,6 +153,7 @@ def follows(data: bytes, proof: Certificate) -> tuple[int, str]:
 def _runs(data: bytes, profile: str, index: int) -> Runs:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            inputs = int(file[key][0]) if (key := f"{profile}:{index}:inputs") in file.files else 0
             model, baseline = (
                 _blocks(file[f"{profile}:{index}:{name}"] / NS, file[f"{profile}:{index}:{name}:blocks"])
                 for name in ("model", "baseline")
@@ -158,7 +162,7 @@ def _runs(data: bytes, profile: str, index: int) -> Runs:
         raise UserError(f"samples.npz: {' '.join(str(error).split())[:200]}") from error
     if not model or len(model) != len(baseline) or not all((*model, *baseline)):
         raise UserError(f"samples.npz: session {index + 1} on {profile} is incomplete")
-    return Runs(model=model, baseline=baseline)
+    return Runs(model=model, baseline=baseline, inputs=inputs)
 
 
 def _blocks(times: NDArray[Any], lengths: NDArray[Any]) -> tuple[tuple[float, ...], ...]:

@@ -34,7 +34,7 @@ from torch.jit._trace import TracerWarning
 from torch.onnx._internal.torchscript_exporter import utils
 from torch.overrides import TorchFunctionMode
 
-from autocompress import memory, onnxfile
+from autocompress import branches, memory, onnxfile
 from autocompress.graph import (
     graph_hash,
     lightened,
@@ -46,6 +46,7 @@ from autocompress.graph import (
     strip,
     weighted,
 )
+from autocompress.models import routing
 from autocompress.models.trace import examples, still
 from autocompress.tasks import InputSpec, Predict, several
 from autocompress.types import Profile, TrialFailure, UserError
@@ -66,11 +67,16 @@ _LOCK = threading.Lock()  # torch's exporters keep their state in globals, Pytho
 
 @dataclass(frozen=True)
 class Part:
-    """One ONNX file: `nodes` maps every site that has weights here (and what contains it) to its weighted nodes."""
+    """One ONNX file: `nodes` maps every site that has weights here (and what contains it) to its weighted nodes.
+
+    Of a network that decides by its input it is the plain form, which computes every path and picks by row; `routes`
+    says by which `Where` each of its routes decides (`branches`).
+    """
 
     name: str
     model: bytes = field(repr=False)
     nodes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    routes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,11 +131,13 @@ def export(module: nn.Module, spec: InputSpec, *, opset: int, exporter: Exporter
     settle(model, {one.name: value.numpy() for one, value in zip(spec.every, example, strict=True)})
     _keep_inputs(model, spec)
     sites = _match(model, calls, dict(module.named_parameters()))
+    decided = branches.decisions(model, routing.thresholds(module))
     nodes = _with_containers(rename(model, sites))
+    routes = {route: model.graph.node[place].name for route, place in decided.items()}
     if (written := opset_of(model)) != opset:
         model = _convert(model, written, opset)
     strip(model)
-    part = Part("model", onnxfile.write(model), nodes)
+    part = Part("model", onnxfile.write(model), nodes, routes)
     return Exported(parts=(part,), opset=opset, exporter=exporter)
 
 
@@ -335,12 +343,14 @@ def _with_containers(sites: Mapping[str, Sequence[str]]) -> dict[str, tuple[str,
 def compose(exported: Exported) -> bytes:
     """One file from all parts, each fed by the one before; a single part is returned as it is.
 
-    Raises UserError if there is no part.
+    One that decides by its input becomes the file that computes one way, for one sample at a time. Raises UserError if
+    there is no part.
     """
     if not exported.parts:
         raise UserError("compose: there is no part to compose")
     if len(exported.parts) == 1:
-        return exported.parts[0].model
+        (part,) = exported.parts
+        return branches.branched(part.model, part.routes) if part.routes else part.model
     if (size := sum(len(part.model) for part in exported.parts)) > onnxfile.LIMIT:
         raise TrialFailure(f"{len(exported.parts)} parts of {size / 1e9:.1f} GB are too large to be joined")
     models = [onnxfile.read(part.model) for part in exported.parts]
@@ -498,6 +508,7 @@ def _disagreement(found: NDArray[Any], expected: NDArray[Any]) -> float:
 def predictor(model: bytes, threads: int = 1, profile: Profile | None = None) -> Predict:
     """Run a model with onnxruntime: inputs (n, ...) to its output (n, ...), tuples of them where there are several.
 
+    A file for one sample at a time is run on each.
     On the processor, or on the provider of a `profile` of this host. Raises TrialFailure if it cannot load.
     """
     if profile is None:
@@ -506,9 +517,14 @@ def predictor(model: bytes, threads: int = 1, profile: Profile | None = None) ->
         session = open_session(model, profile.threads, profile.provider, profile.provider_options)
     names = [one.name for one in session.get_inputs()]
 
+    single = all(one.shape and one.shape[0] == 1 for one in session.get_inputs())
+
     def predict(inputs: Any) -> Any:
         feed = {name: np.ascontiguousarray(one) for name, one in zip(names, several(inputs), strict=True)}
-        outputs = [np.asarray(one) for one in session.run(None, feed)]
+        count = len(feed[names[0]]) if single else 1
+        rows = [{name: one[i : i + 1] for name, one in feed.items()} for i in range(count)] if count > 1 else [feed]
+        answers = [list(map(np.asarray, session.run(None, row))) for row in rows]
+        outputs = [np.concatenate(one) for one in zip(*answers, strict=True)] if count > 1 else answers[0]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     return predict

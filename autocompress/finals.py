@@ -26,7 +26,7 @@ from autocompress.ops.storage import storage
 from autocompress.ops.store import codecs_of
 from autocompress.parent import Baseline
 from autocompress.parts import Parts
-from autocompress.pipeline import Work, qualities, release
+from autocompress.pipeline import Work, qualities, release, timed
 from autocompress.space import decode
 from autocompress.stages import stages
 from autocompress.store import Store
@@ -185,7 +185,7 @@ class Finals:
             variant = self.variant(profile)
             return measures[variant](profile)
 
-        measures = {v: self.sessions.of(files.shas[v], files.models[v]) for v in files.models}
+        measures = {v: self.sessions.of(files.shas[v], timed(self.work.task, files.models[v])) for v in files.models}
         quality, checked = dict(trial.outcome.quality), dict[str, certify.Checked]()
         for budget in goal.budgets:
             name = budget.profile

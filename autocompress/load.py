@@ -23,7 +23,7 @@ that this space leaves out stands at the parent's choice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -313,6 +313,13 @@ class _Draft:
                     raise UserError(f"sites: op {row.op!r} acts on single sites; write `sites: '*'` for all of them")
                 picked["."] = root[0] if root else Site(name=".", kind="network", ops=(row.op,))
                 continue
+            if getattr(op, "on_modules", False):  # its own decide says which of them it cannot act on
+                found = {site.name: site for site in modules(self.sites, row.op) if _names(glob, site.name)}
+                if not found:
+                    known = [site.name for site in modules(self.sites, row.op)]
+                    raise UserError(f"sites: {glob!r} matches no block of the network; {suggest(glob, known)}")
+                picked |= found
+                continue
             named = [site for site in self.sites if site.name != "." and _names(glob, site.name)]
             if not any(row.op in site.ops for site in named) and (tied := holder(glob, self.sites, row.op)):
                 picked[glob] = tied
@@ -410,6 +417,25 @@ def holder(path: str, sites: Iterable[Site], op: str) -> Site | None:
     shared = [key for key in members[0].when if all(key in member.when for member in members)]
     when = {key: _union(member.when[key] for member in members) for key in shared}
     return Site(name=path, kind="module", ops=(op,), when=when, depth=members[0].depth)
+
+
+def modules(sites: Iterable[Site], op: str) -> list[Site]:
+    """Every module that holds sites, as a site for an op that acts on modules; blocks that are sites as they are."""
+    known = tuple(sites)
+    blocks = {site.name: site for site in known if site.kind == "block"}
+    paths: dict[str, None] = {}
+    for site in known:
+        atoms = site.name.split(".")
+        inner = len(atoms) + (site.kind == "block")
+        paths |= dict.fromkeys(".".join(atoms[:length]) for length in range(1, inner))
+    found = [blocks.get(path) or _holding(path, known, op) for path in paths]
+    return [site for site in found if site is not None]
+
+
+def _holding(path: str, sites: Sequence[Site], op: str) -> Site | None:
+    """The module at `path`, which exists where any site under it does."""
+    inside = [site.model_copy(update={"ops": (op,)}) for site in sites if site.name.startswith(f"{path}.")]
+    return holder(path, inside, op)
 
 
 def among(choices: Choices, allowed: Choices) -> Choices:

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -24,13 +25,17 @@ from torch import nn
 
 from autocompress import export as exporting
 from autocompress import memory
+from autocompress.branches import set_thresholds, thresholds_of, with_samples
 from autocompress.devices import AllAway, Unreachable, host_of
 from autocompress.distill import Distillation
 from autocompress.models import Builder
+from autocompress.models.routing import NEVER, forced
 from autocompress.models.trace import examples, thop_count
 from autocompress.models.weights import fill
 from autocompress.ops import Op, Phase, TrainOp
+from autocompress.ops.route import is_exit
 from autocompress.pareto import meets, over_every_budget
+from autocompress.registry import make
 from autocompress.surrogate import hopeless
 from autocompress.tasks import Predict, Task, several
 from autocompress.tasks.recipe import recipe
@@ -55,15 +60,19 @@ from autocompress.types import (
 )
 from autocompress.wording import beyond
 
-STRUCTURE_ORDER = ("block", "replace", "prune", "lowrank")  # low rank last: a rank is a fraction of the pruned shape
+# routes hang on blocks that stay; low rank last: a rank is a fraction of the pruned shape
+STRUCTURE_ORDER = ("block", "replace", "exit", "skip", "branch", "prune", "lowrank")
 TRAIN_ORDER = ("sparsify", "qat")  # what is rounded is what the masks have left
-NUMERIC_ORDER = ("quantize", "store")  # what is stored are the weights that compute
+NUMERIC_ORDER = ("quantize", "store", "route")  # what is stored are the weights that compute
 FINE_RATE, MASKED_RATE = 1 / 40, 1 / 8  # of the recipe's rate, for weights that are the parent's, and with some at zero
 PERSISTENCE = 1  # further tries at a noisy reading of a candidate that is fully trained
 BATCHNORM_BATCHES = 8
 FROZEN = 64  # calibration samples for which a file must be right that keeps one way of several
 LATER = "later:"  # role of a file that a device was away for: it is measured when the device is back
 ASK_AGAIN_S = 5.0  # at most, between tries at devices that are all away
+ROUTE = "route"
+INPUTS, LEAST_INPUTS, DRAWN = 64, 8, 256  # real samples that a file is timed with which decides; of so many drawn
+INPUT_BYTES = 8_000_000  # of them at most, if LEAST_INPUTS are fewer
 FIRST_LOOK = 32  # calibration images for the latency-first file: ranges do not change its speed
 
 
@@ -162,6 +171,8 @@ class Work:
 class FirstLook:
     """A task with few calibration samples, for the file whose speed alone is asked."""
 
+    first_look = True  # untrained exits are not judged yet: they are taken
+
     def __init__(self, task: Task, most: int = FIRST_LOOK) -> None:
         self._task, self.name, self.metric, self.input, self.most = task, task.name, task.metric, task.input, most
 
@@ -234,6 +245,7 @@ class Release:
     model: bytes
     key: str  # weight-free graph hash: files with equal keys run equally fast
     receipts: tuple[Receipt, ...]
+    timed: bytes = b""  # what a device times: the model, with real samples where it decides by its input
 
     @property
     def size_mb(self) -> float:
@@ -358,8 +370,20 @@ def export_float(work: Work, module: nn.Module) -> exporting.Exported:
     """
     exported = exporting.export(module, work.task.input, opset=work.opset, exporter=work.exporter)
     inputs, _ = next(iter(work.task.batches("calibration", 16, limit=16)))
-    exporting.parity(module, exporting.compose(exported), *(one.numpy() for one in several(inputs)))
+    arrays = [one.numpy() for one in several(inputs)]
+    exporting.parity(module, exporting.compose(exported), *arrays)
+    if any(part.routes for part in exported.parts):
+        each_way(module, exported, arrays)
     return exported
+
+
+def each_way(module: nn.Module, exported: exporting.Exported, inputs: Sequence[Any]) -> None:
+    """Hold every branch of a file against torch: all decisions one way, then the other. Raises TrialFailure."""
+    (part,) = exported.parts
+    for value in (0.0, NEVER):
+        model = set_thresholds(exporting.compose(exported), dict.fromkeys(part.routes, value))
+        with forced(module, value):
+            exporting.parity(module, model, *inputs)
 
 
 def frozen(work: Work, model: bytes) -> str:
@@ -402,21 +426,47 @@ def release(
 def finish(work: Work, exported: exporting.Exported, policy: Policy, profile: Profile, task: Task) -> Release:
     """One variant's file: numeric ops decided and enacted on the parts, these composed."""
     parts, receipts = exported, []
-    for name, op, rules in ordered(policy, work.ops, "numeric"):
+    numeric = ordered(policy, work.ops, "numeric")
+    if any(part.routes for part in exported.parts) and not any(name == ROUTE for name, _, _ in numeric):
+        numeric.append((ROUTE, work.ops.get(ROUTE) or make("op", ROUTE), ()))
+    for name, op, rules in numeric:
         receipt = op.decide(parts, rules, task, profile)
         parts = op.enact(parts, receipt)
         receipts.append(receipt.model_copy(update={"op": name}))
+    return released(work, parts, receipts)
+
+
+def released(work: Work, parts: exporting.Exported, receipts: Sequence[Receipt]) -> Release:
+    """The file of parts. Where it decides by its input its speed depends on its weights, so its key does, too."""
+    decides = any(part.routes for part in parts.parts)
+    if decides and (many := [profile for profile in work.profiles if profile.batch > 1]):
+        raise TrialFailure(
+            f"a file that decides by its input takes one sample at a time; profile {many[0].name} measures batches of "
+            f"{many[0].batch} (`autocompress.batches` runs such a file on batches)"
+        )
     model = exporting.compose(parts)
-    return Release(model, exporting.graph_hash(model, weights=False), tuple(receipts))
+    key = exporting.graph_hash(model, weights=decides)
+    return Release(model, key, tuple(receipts), timed(work.task, model) if decides else model)
+
+
+def timed(task: Task, model: bytes) -> bytes:
+    """A file as a device times it: one that decides by its input brings a fixed sample of the selection split."""
+    if not thresholds_of(model):
+        return model
+    found = [several(inputs) for inputs, _ in task.batches("selection", DRAWN, limit=DRAWN)]
+    arrays = [torch.cat(one).numpy() for one in zip(*found, strict=True)]
+    bytes_each = sum(one[0].nbytes for one in arrays)
+    count = max(LEAST_INPUTS, min(INPUTS, INPUT_BYTES // max(bytes_each, 1)))
+    chosen = np.random.default_rng(0).permutation(len(arrays[0]))[:count]
+    return with_samples(model, [one[chosen] for one in arrays])
 
 
 def rerelease(work: Work, module: nn.Module, receipts: Sequence[Receipt]) -> Release:
     """The file that numeric receipts describe: nothing is decided."""
     parts = export_float(work, module)
     for receipt in receipts:
-        parts = work.ops[receipt.op].enact(parts, receipt)
-    model = exporting.compose(parts)
-    return Release(model, exporting.graph_hash(model, weights=False), tuple(receipts))
+        parts = (work.ops.get(receipt.op) or make("op", receipt.op)).enact(parts, receipt)
+    return released(work, parts, receipts)
 
 
 def distillation(policy: Policy) -> Distillation:
@@ -493,7 +543,8 @@ def load_weights(module: nn.Module, data: bytes) -> nn.Module:
 
 def at_best(reading: Reading) -> Reading:
     """A noisy reading as the favourable end of its interval: only what is over a budget even so is infeasible."""
-    best = {name: getattr(reading, name).low for name in ("ms", "p95_ms", "ratio")}
+    figures = {name: getattr(reading, name) for name in ("ms", "p50_ms", "p95_ms", "p99_ms", "ratio")}
+    best = {name: one.low for name, one in figures.items() if one is not None}
     return reading.model_copy(update={name: Interval(value=at, low=at, high=at) for name, at in best.items()})
 
 
@@ -530,9 +581,20 @@ def notes_of(receipts: Sequence[Receipt]) -> tuple[str, ...]:
         for entry in receipt.entries:
             if entry.status == "skipped":
                 found.append(f"{receipt.op} {entry.site}: skipped, {entry.why}")
+            found += degenerate(receipt.op, entry)
             for why, count in Counter(entry.facts.get("at_once", {}).values()).items():
                 found.append(f"{receipt.op} {entry.site}: {count} of its groups before training, {why}")
     return tuple(found)
+
+
+def degenerate(op: str, entry: Entry) -> list[str]:
+    """A route that always decides alike, in one line."""
+    share = entry.achieved.get("share") if op == ROUTE else None
+    if share not in (0.0, 1.0):
+        return []
+    if is_exit(entry.site):
+        return [f"{entry.site}: {'every' if share else 'no'} sample leaves there"]
+    return [f"{entry.site}: {'every' if share else 'no'} sample runs the block"]
 
 
 class Evaluator:
@@ -587,6 +649,7 @@ class _Path:
         self.later: dict[str, str] = {}  # profile -> sha256 of the file that it was away for
         self.seconds: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
+        self.notes: tuple[str, ...] = ()
         self.weighed: dict[str, str] = {}  # profile -> key of the file that its amounts are of
 
     @contextmanager
@@ -687,11 +750,8 @@ class _Path:
 
     def describe(self, shaped: Shaped) -> None:
         macs, parameters = thop_count(shaped.plain(self.work), examples(self.work.task.input))
-        self.facts |= {
-            "macs": macs,
-            "parameters": parameters,
-            "notes": notes_of((*shaped.receipts, *shaped.instruments)),
-        }
+        self.notes = notes_of((*shaped.receipts, *shaped.instruments))
+        self.facts |= {"macs": macs, "parameters": parameters, "notes": self.notes}
 
     def predicted_slow(self) -> str:
         """For the reason alone: a prediction is no reading."""
@@ -703,7 +763,9 @@ class _Path:
         return f"predicted to be far over every budget, so not measured: {said}"
 
     def sizes(self, releases: Mapping[str, Release]) -> None:
-        """What the files weigh, and what latency is predicted from where that is wanted."""
+        """What the files weigh, how they decide, and what latency is predicted from where that is wanted."""
+        routes = [receipt for item in releases.values() for receipt in item.receipts if receipt.op == ROUTE]
+        self.facts["notes"] = (*self.notes, *dict.fromkeys(notes_of(routes)))
         self.facts["size_mb"] = {p.name: releases[p.numeric.variant].size_mb for p in self.work.profiles}
         if self.evaluator.weigh is not None:
             with self.stage("kernels", working=False):
@@ -760,7 +822,7 @@ class _Path:
             elif self.keys.get(name) != key or not (final and settled(self.readings[name], self.evaluator.budgets)):
                 self.readings = {other: held for other, held in self.readings.items() if other != name}
                 self.keys.pop(name, None)
-                self.later[name] = self.files.put(wanted[name][1].model)
+                self.later[name] = self.files.put(wanted[name][1].timed)
 
     def holds(self, profile: str, key: str) -> bool:
         """Whether there is a firm reading of a file with this graph."""
@@ -783,8 +845,8 @@ class _Path:
         measure = self.evaluator.measure
         try:
             if final:
-                return firm(measure, profile, item.model, item.key, self.evaluator.budgets)
-            return measure(profile, item.model, item.key, again=False)
+                return firm(measure, profile, item.timed, item.key, self.evaluator.budgets)
+            return measure(profile, item.timed, item.key, again=False)
         except Unreachable as gone:
             return gone
 

@@ -18,12 +18,16 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     "op": {
         "block": "autocompress.ops.block:Block",
         "replace": "autocompress.ops.replace:Replace",
+        "exit": "autocompress.ops.route:Exit",
+        "skip": "autocompress.ops.route:Skip",
+        "branch": "autocompress.ops.route:Branch",
         "prune": "autocompress.ops.prune:Prune",
         "lowrank": "autocompress.ops.lowrank:LowRank",
         "sparsify": "autocompress.ops.sparsify:Sparsify",
         "qat": "autocompress.ops.qat:Qat",
         "quantize": "autocompress.ops.quantize:Quantize",
         "store": "autocompress.ops.store:Store",
+        "route": "autocompress.ops.route:Route",
         "distill": "autocompress.distill:Distill",
     },
     "searcher": {

@@ -315,7 +315,7 @@ def _judge(
             with station.predictor(name, model) as answers:
                 answered[name] = evidence.quality(work.task, model, profile, there=hosts[name], predict=answers)
         proof = certify.certify(
-            lambda profile: station.session(profile, releases[variant[profile]].model),
+            lambda profile: station.session(profile, releases[variant[profile]].timed),
             goal,
             quality={name: quality for name, (quality, _) in answered.items()},
             size_mb={name: releases[one].size_mb for name, one in variant.items()},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -160,13 +160,33 @@ class Budget(Record):
     """Hard bounds on one device. `speedup` is against the uncompressed ONNX file on the same device."""
 
     profile: str
-    latency_ms: Positive | None = None  # median
+    latency_ms: Positive | None = None  # median; the mean over real inputs where the file decides by its input
+    p50_ms: Positive | None = None
     p95_ms: Positive | None = None
+    p99_ms: Positive | None = None
+    worst_ms: Positive | None = None  # of the inputs of a file that decides
     speedup: Positive | None = None
     throughput: Positive | None = None  # samples per second, at the profile's batch
     size_mb: Positive | None = None
     memory_mb: Positive | None = None  # peak of a process that runs the file
     as_is: bool = False  # of a device that is not the one its profile was made for, too
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: Any) -> Any:
+        """`latency_ms: {mean: 0.4, p99: 1.0}` is `latency_ms: 0.4` and `p99_ms: 1.0`."""
+        if not isinstance(data, dict):
+            return data
+        stated = cast("dict[str, Any]", data)
+        asked: Any = stated.get("latency_ms")
+        if not isinstance(asked, dict):
+            return stated
+        named = {"mean": "latency_ms", "p50": "p50_ms", "p95": "p95_ms", "p99": "p99_ms", "worst": "worst_ms"}
+        bounds = cast("dict[str, Any]", asked)
+        if unknown := [key for key in bounds if key not in named]:
+            raise ValueError(f"latency_ms: unknown {unknown[0]!r}; it names {', '.join(named)}")
+        rest = {key: value for key, value in stated.items() if key != "latency_ms"}
+        return rest | {named[key]: value for key, value in bounds.items()}
 
 
 class Goal(Record):
@@ -199,15 +219,19 @@ class Runs(Record):
 
     model: tuple[tuple[float, ...], ...]
     baseline: tuple[tuple[float, ...], ...]
+    inputs: int = 0  # real ones, of which every block of the model has one run each; 0: one stand-in
 
 
 class Reading(Record):
     """Latency of one file on one device, interleaved with the baseline; refused when noisy (`noisy` set)."""
 
     profile: str
-    ms: Interval  # median
+    ms: Interval  # median; the mean over `inputs` where the file decides by its input
     p95_ms: Interval  # of single runs; its interval is found by drawing blocks anew
     p99_ms: Interval | None = None
+    p50_ms: Interval | None = None  # of single runs, where the file decides by its input
+    worst_ms: float | None = None  # of its inputs
+    inputs: int = 0  # samples of the task that it was timed with, in turn; 0: one stand-in
     baseline_ms: Interval  # the uncompressed file, in the same window
     ratio: Interval  # candidate / baseline; what is compared and promised
     samples: int

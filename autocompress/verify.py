@@ -24,6 +24,7 @@ from autocompress.devices.cores import plan_cores
 from autocompress.devices.fingerprint import check_expects, host, resolve_local, short
 from autocompress.devices.station import Station
 from autocompress.models import Builder
+from autocompress.pipeline import timed
 from autocompress.summary import DRIFT
 from autocompress.tasks import Task
 from autocompress.types import Budget, Goal, Limit, Profile, Quality, Reading, Record, TrialFailure, UserError
@@ -346,8 +347,11 @@ class _Run:
                 quality[name], checked[name] = found
             budget = target.budget if self.baseline else target.budget.model_copy(update={"speedup": None})
             size = sum(map(len, onnxfile.files(target.file, onnxfile.load(path)).values())) / 1e6
+            data = onnxfile.load(path)
+            fed = data if self.task is None else timed(self.task, data)
+            model = path if fed is data else fed
             proof = certify.certify(
-                lambda profile: station.session(profile, path),
+                lambda profile: station.session(profile, model),
                 Goal(name=name, budgets=(budget,)),
                 quality=quality,
                 size_mb={name: size},
@@ -445,7 +449,8 @@ def times(reading: Reading, compared: bool = True) -> str:
 
 def _times(reading: Reading, compared: bool) -> Iterator[str]:
     ms, p95, ratio = reading.ms, reading.p95_ms, reading.ratio
-    yield f"{ms.value:.3f} ms [{ms.low:.3f}, {ms.high:.3f}]"
+    of = f" (mean of {reading.inputs} inputs)" if reading.inputs else ""
+    yield f"{ms.value:.3f} ms [{ms.low:.3f}, {ms.high:.3f}]{of}"
     yield f"p95 {p95.value:.3f} ms [{p95.low:.3f}, {p95.high:.3f}]"
     if compared:
         yield f"{reading.speedup:.2f}x the baseline ({1 / ratio.high:.2f} to {1 / ratio.low:.2f})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from autocompress.pareto import tails
 from autocompress.types import Budget, Candidate, Reading
 
 TIMES, DASH, MINUS = "\u00d7", "\u2013", "\u2212"  # as printed; the source stays free of look-alikes
@@ -80,7 +81,10 @@ def wish(budget: Budget) -> str:
     """What a budget asks for: `2.5x, p95 4 ms`."""
     said = {
         "latency_ms": "{:g} ms",
+        "p50_ms": "p50 {:g} ms",
         "p95_ms": "p95 {:g} ms",
+        "p99_ms": "p99 {:g} ms",
+        "worst_ms": "worst {:g} ms",
         "speedup": "{:g}" + TIMES,
         "throughput": "{:g}/s",
         "size_mb": "{:g} MB",
@@ -94,7 +98,10 @@ def beyond(reading: Reading, budget: Budget, size_mb: float | None, bounds: Coll
     """What of a file is beyond these bounds of a budget, and what is asked: `3.10x (5x), 0.832 MB (0.342 MB)`."""
     found = {
         "latency_ms": f"{reading.ms.value:.3g} ms",
-        "p95_ms": f"p95 {reading.p95_ms.value:.3g} ms",
+        **{
+            name: f"{name.removesuffix('_ms')} {'unknown' if value is None else f'{value:.3g} ms'}"
+            for name, (value, _) in tails(reading).items()
+        },
         "speedup": times(reading.speedup),
         "throughput": f"{reading.throughput.value:.3g}/s",
         "size_mb": "size unknown" if size_mb is None else f"{size_mb:.3g} MB",

@@ -34,6 +34,7 @@ class Samples(Record):
     energy_mj: dict[str, float] = {}  # of one run
     blocks: int = 0  # each file's times fall into this many equal consecutive blocks, one per round; 0: not known
     waited_s: float = 0.0  # before the timing began, for another measurement on that host
+    fed: dict[str, int] = {}  # files that bring their own inputs -> how many; every block has one run of each
     disturbed: float = 0.0  # share of the runs in which another process had one of the cores, where that is known
 
 

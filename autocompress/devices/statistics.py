@@ -87,10 +87,18 @@ def quotient(model_ms: Sequence[float], baseline_ms: Sequence[float]) -> Interva
     return median(np.divide(model_ms, baseline_ms).tolist())
 
 
+def middle(block: np.ndarray | Sequence[float], *, fed: bool) -> float:
+    """What a block says: the median of its runs, the mean where each run had another input."""
+    return float(np.mean(block) if fed else np.median(block))
+
+
 def figures(runs: Runs) -> dict[str, Interval]:
     """What single runs say: the fields `ms`, `baseline_ms`, `ratio`, `p95_ms` and `p99_ms` of their reading."""
     blocks = [np.asarray(part) for part in runs.model]
-    middles = [[float(np.median(part)) for part in parts_] for parts_ in (runs.model, runs.baseline)]
+    middles = [
+        [middle(part, fed=fed) for part in parts_]
+        for parts_, fed in ((runs.model, runs.inputs > 0), (runs.baseline, False))
+    ]
     return {
         "ms": median(middles[0]),
         "baseline_ms": median(middles[1]),
@@ -112,15 +120,17 @@ class Window:
         self.waited_s = 0.0  # for other measurements on the target
         self.memory_mb: float | None = None
         self.energy_mj: float | None = None
+        self.inputs = 0  # that the model brings; 0: one stand-in
         self._disturbed = 0.0  # runs
 
     def add(self, samples: Samples) -> None:
         """Take in one answer."""
+        self.inputs = samples.fed.get(self._names[0], 0)
         for i, name in enumerate(self._names):
             self.times_ms[i].extend(samples.times_ms[name])
             blocks = parts(samples, name)
             self.parts_ms[i].extend(blocks)
-            self.middles_ms[i].extend(float(np.median(part)) for part in blocks)
+            self.middles_ms[i].extend(middle(part, fed=name in samples.fed) for part in blocks)
         self._disturbed += samples.disturbed * sum(len(samples.times_ms[name]) for name in self._names)
         self.waited_s += samples.waited_s
         self.load_ms = max(self.load_ms, samples.load_ms.get(self._names[0], 0.0))
@@ -131,7 +141,7 @@ class Window:
     def runs(self) -> Runs:
         """All single runs."""
         model, baseline = (tuple(tuple(map(float, part)) for part in parts_) for parts_ in self.parts_ms)
-        return Runs(model=model, baseline=baseline)
+        return Runs(model=model, baseline=baseline, inputs=self.inputs)
 
     @property
     def blocks(self) -> int:
@@ -158,6 +168,12 @@ class Window:
         """Whether the ratio is too uncertain to be used, or the times are those of a core that was not ours."""
         return self.blocks < MIN_BLOCKS or width(self.ratio) > NOISY or self.disturbed > DISTURBED
 
+    def worst(self) -> float | None:
+        """Median time of the slowest input; None where there is one."""
+        if not self.inputs:
+            return None
+        return float(np.median(np.stack(self.parts_ms[0]), axis=0).max())
+
     def reading(
         self, profile: str, *, seconds: float, quiet: bool, cores: tuple[int, ...], host: str, batch: int = 1
     ) -> Reading:
@@ -167,6 +183,9 @@ class Window:
             ms=median(self.middles_ms[0]),
             p95_ms=tail(self.parts_ms[0], 0.95),
             p99_ms=tail(self.parts_ms[0], 0.99),
+            p50_ms=tail(self.parts_ms[0], 0.5) if self.inputs else None,
+            worst_ms=self.worst(),
+            inputs=self.inputs,
             baseline_ms=median(self.middles_ms[1]),
             ratio=self.ratio,
             samples=len(self.times_ms[0]),

@@ -87,7 +87,7 @@ class RemoteDevice:
         """See `Device.time`; `cores` are the target's, all of them if none are named or it cannot keep to some."""
         request = {"rounds": rounds, "seconds": seconds, "cores": list(cores)}
         answer, names = self._ask("models", models, request, seconds + self.patience)
-        for key in ("times_ms", "load_ms", "energy_mj"):
+        for key in ("times_ms", "load_ms", "energy_mj", "fed"):
             if key in answer:
                 answer[key] = {names[path]: found for path, found in answer[key].items()}
         return Samples.model_validate(answer)
