@@ -90,6 +90,16 @@ class BaselineFigures(Record):
     parameters: int = 0
 
 
+class Point(Record):
+    """One threshold for all exits of a file."""
+
+    threshold: float
+    shipped: bool = False  # the file's own
+    quality: Quality  # on the selection split
+    shares: dict[str, float]  # of the samples that leave by each exit, on the split that thresholds were tuned on
+    readings: dict[str, Reading]  # per profile
+
+
 class Manifest(Record):
     """manifest.json. `files` maps each file's name to its sha256; `models` says which file serves which profile."""
 
@@ -117,6 +127,7 @@ class Manifest(Record):
     exporter: str = ""
     opset: int = 0
     parity: float | None = None  # relative error of the float file against torch
+    thresholds: tuple[Point, ...] = ()  # what a file that decides by its input trades where its thresholds are moved
     fused: dict[str, int] = {}  # nodes that onnxruntime's optimizer makes (positive) of those that go (negative)
     job: dict[str, Any] = {}
 

@@ -7,6 +7,7 @@ ones are tied: one gene for all that lies under a module. The same network gives
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ RATIOS = (0.25, 0.5, 0.75)
 RANKS = (0.5, 0.25)
 RANK_LIMIT = "rank_limit "  # what a profile's `measured` calls the share of the rank below which low rank pays
 BLOCKS = ("merge", "drop")
+EXITS = (0.35, 0.5, 0.65)  # of the depth, behind which exits are offered
+GATED = 6  # blocks with a gate, at most
 REPLACEMENTS = ("separable", "shuffle", "bottleneck", "smaller")
 # Least share of the network's multiply-adds that makes a site worth a gene; a prune gene's also counts its parameters.
 SHARES = {"replace": 0.02, "lowrank": 0.01, "prune": 0.002}
@@ -49,13 +52,14 @@ def written(derived: Space, builder: Builder) -> SpaceFile:
     return spacefile.of(derived, builder.name, ABOUT, sites=builder.sites())
 
 
-def targeted(builder: Builder, profiles: Sequence[Profile]) -> Space:
+def targeted(builder: Builder, profiles: Sequence[Profile], *, routes: bool = False) -> Space:
     """The space for these targets: what their profiles say of channels, types and ranks decides what is offered.
 
-    A choice stays if it may pay on one of them.
+    A choice stays if it may pay on one of them. `routes` are offered where every target measures single samples.
     """
     return space(
         builder,
+        routes=routes and all(profile.batch == 1 for profile in profiles),
         multiple=max(profile.channel_multiple for profile in profiles),
         types=tuple(dict.fromkeys(kind for profile in profiles for kind in profile.types)),
         factors=max(_factors(profile) for profile in profiles),
@@ -73,9 +77,14 @@ def _factors(profile: Profile) -> float:
 
 
 def space(
-    builder: Builder, *, multiple: int = 1, types: Sequence[str] = ("float32", "int8"), factors: float = 1.0
+    builder: Builder,
+    *,
+    multiple: int = 1,
+    types: Sequence[str] = ("float32", "int8"),
+    factors: float = 1.0,
+    routes: bool = False,
 ) -> Space:
-    """The genes that make sense for this network.
+    """The genes that make sense for this network, exits and gates (`routes`) where they are asked for.
 
     `multiple` is the targets' largest channel multiple, `types` are those that one of them computes with, `factors` is
     the share of a layer's products up to which two factors pay.
@@ -90,7 +99,8 @@ def space(
     blocks = tuple(_blocks(sites))
     whole = replace(_Whole.of(sites, multiple), types=frozenset(types), factors=factors)
     asked = {op: whole.places(op) for op in ORDER}
-    tied = tie(asked, MOST - len(arch) - len(blocks) - len(recipe))
+    hung = tuple(_routes(sites, {gene.site: gene for gene in blocks})) if routes else ()
+    tied = tie(asked, MOST - len(arch) - len(blocks) - len(recipe) - len(hung))
     genes = {gene.name: gene for gene in (*arch, *blocks)}
     for op in ORDER:
         for path, members in tied[op].items():
@@ -100,7 +110,7 @@ def space(
                 name = f"{op}.{param}@{path}"
                 choices = whole.choices(op, members)
                 genes[name] = Gene(name=name, kind="policy", choices=choices, when=when, site=path, op=op, param=param)
-    return Space(name=NAME, genes=(*genes.values(), *recipe), always=tuple(_taught()))
+    return Space(name=NAME, genes=(*genes.values(), *hung, *recipe), always=tuple(_taught()))
 
 
 PARAMS = {"block": "kind", "replace": "kind", "prune": "ratio", "lowrank": "rank", "quantize": "bits"}
@@ -183,6 +193,25 @@ def _blocks(sites: Iterable[Site]) -> Iterable[Gene]:
             if choices[1:]:
                 made[site.name] = _gene("block", "kind", site.name, choices, outer)
     return made.values()
+
+
+def _routes(sites: Sequence[Site], blocks: Mapping[str, Gene]) -> Iterable[Gene]:
+    """Exits behind the blocks nearest to EXITS of the depth, gates around every GATED-th of the others.
+
+    An exit stays where its block is dropped: it then lies behind the block before.
+    """
+    outer = [site for site in sites if "block" in site.ops]
+    outer = [one for one in outer if not any(one.name.startswith(f"{other.name}.") for other in outer)]
+    if not outer:
+        return
+    leaving = {min(outer, key=lambda site: abs(site.depth - depth)).name for depth in EXITS}
+    for site in outer:
+        if site.name in leaving:
+            yield _gene("exit", "head", site.name, ("none", "linear", "hidden"))
+    inner = [site for site in outer if site.name not in leaving]
+    for site in inner[:: max(1, math.ceil(len(inner) / GATED))]:
+        keeps: dict[str, Choices] = {blocks[site.name].name: ("keep",)} if site.name in blocks else {}
+        yield _gene("skip", "rate", site.name, (1.0, 0.6, 0.3), keeps)
 
 
 def _gene(op: str, param: str, site: str, choices: Choices, when: dict[str, Choices] | None = None) -> Gene:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from autocompress import artifact, certify, evidence, export, onnxfile, pareto
+from autocompress import artifact, certify, evidence, export, onnxfile, pareto, tradeoff
 from autocompress.controller import trial_seed
 from autocompress.devices import Unreachable
 from autocompress.devices.fingerprint import short
@@ -143,6 +143,7 @@ class Finals:
     test: dict[str, Quality] = field(default_factory=dict)  # by sha256 of the file: each meets the test split once
     made: dict[int, tuple[Stage, ...]] = field(default_factory=dict)  # by trial number
     optimized: dict[tuple[str, str], tuple[bytes, dict[str, int]]] = field(default_factory=dict)
+    traded: dict[tuple[str, tuple[str, ...]], tuple[artifact.Point, ...]] = field(default_factory=dict)
     answered: dict[tuple[str, str], tuple[Quality, certify.Checked]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)  # what could not be made, and why: the report says it
     sessions: Sessions = field(init=False)
@@ -356,10 +357,27 @@ class Finals:
                 versions=artifact.versions(),
                 exporter=self.exporter,
                 opset=self.work.opset,
+                thresholds=self.tradeoff(files, first, tuple(serves)),
                 fused=changes,
                 job=parts.job.model_dump(mode="json"),
             ),
         )
+
+    def tradeoff(self, files: Kept, variant: str, profiles: tuple[str, ...]) -> tuple[artifact.Point, ...]:
+        """Quality and latency for other thresholds; measured once for all goals that a file serves."""
+        own = tuple(name for name in profiles if self.variant(name) == variant)
+        key = (files.shas[variant], own)
+        if key not in self.traded:
+            self.traded[key] = ()
+            with self.saying("what moving the thresholds trades"):
+                self.traded[key] = tradeoff.measured(
+                    files.models[variant],
+                    files.numeric[variant],
+                    self.work.task,
+                    own,
+                    self.station.measure,
+                )
+        return self.traded[key]
 
     @functools.cached_property
     def baseline_sha(self) -> str:

@@ -56,7 +56,7 @@ def parts(
     if job.quality.metric != data.metric:
         raise UserError(f"quality.metric: task {data.name!r} measures {data.metric!r}, not {job.quality.metric!r}")
     profiles, budgets = load.targets(job.devices)
-    genes = space or make_space(job.space, network, profiles)
+    genes = space or make_space(job.space, network, profiles, routes=job.search.routes)
     if space is not None:
         load.check_space(space)
     resolved = tuple(resolve_local(profile) for profile in profiles)
@@ -131,13 +131,13 @@ def _check_options(key: str, what: str, function: Any, options: Mapping[str, Any
         raise UserError(f"{key}: {what} has no option {strange[0]!r}; {suggest(strange[0], known)}")
 
 
-def make_space(name: str, network: Builder, profiles: Sequence[Profile]) -> Space:
-    """The space of a job: derived from the network, from the shelf or from a file."""
+def make_space(name: str, network: Builder, profiles: Sequence[Profile], *, routes: bool = False) -> Space:
+    """The space of a job: derived from the network (with exits and gates if asked), from the shelf or from a file."""
     if name != auto.NAME:
         return load.space(name, network)
     if not network.sites():
         raise UserError(f"space: auto: model {network.name} has no layer or block that an op could act on")
-    return auto.targeted(network, profiles)
+    return auto.targeted(network, profiles, routes=routes)
 
 
 def make_ops(names: tuple[str, ...]) -> Mapping[str, Op]:

@@ -70,7 +70,7 @@ BATCHNORM_BATCHES = 8
 FROZEN = 64  # calibration samples for which a file must be right that keeps one way of several
 LATER = "later:"  # role of a file that a device was away for: it is measured when the device is back
 ASK_AGAIN_S = 5.0  # at most, between tries at devices that are all away
-ROUTE = "route"
+ROUTE, ROUTES = "route", {"exit", "skip", "branch"}
 INPUTS, LEAST_INPUTS, DRAWN = 64, 8, 256  # real samples that a file is timed with which decides; of so many drawn
 INPUT_BYTES = 8_000_000  # of them at most, if LEAST_INPUTS are fewer
 FIRST_LOOK = 32  # calibration images for the latency-first file: ranges do not change its speed
@@ -511,7 +511,14 @@ def training(work: Work, shaped: Shaped, policy: Policy, seed: int, cycles: Sequ
         pause=work.gate.step,
         instruments=tuple((train_op(work, receipt), receipt) for receipt in shaped.instruments),
         cycles=cycles,
+        gentle=gentle(shaped),
     )
+
+
+def gentle(shaped: Shaped) -> float:
+    """The share of the rate for the network's own weights where routes alone are new: these begin at random."""
+    opened = {r.op for r in shaped.instruments for entry in r.entries if entry.status == "open"}
+    return MASKED_RATE if shaped.intact and opened and opened <= ROUTES else 1.0
 
 
 def qualities(work: Work, releases: Mapping[str, Release], split: str) -> dict[str, Quality]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autocompress import artifact, certify, evidence, export, memory, onnxfile, reader, registry
+from autocompress import artifact, certify, evidence, export, memory, onnxfile, reader, registry, tradeoff
 from autocompress.artifact import Artifact
 from autocompress.controller import trial_seed
 from autocompress.devices.cores import plan_cores
@@ -279,10 +279,10 @@ def _renew(
         releases = release(work, settled.module, candidate.policy, learned=settled.ranges())
         say("measuring")
         with tempfile.TemporaryDirectory() as folder:
-            before, proof, hosts = _judge(work, read, releases, Path(folder), asked)
+            before, proof, hosts, points = _judge(work, read, releases, Path(folder), asked)
     except TrialFailure as failure:
         raise LimitError(f"{read.folder}: {failure}") from failure
-    _write(out, work, read, shaped.receipts, settled, releases, before, proof, hosts)
+    _write(out, work, read, shaped.receipts, settled, releases, before, proof, hosts, points)
     lost = [before.selection.value.value - q.value.value for q in proof.quality.values()] if before.selection else []
     applied = Applied(
         folder=str(out), reproduced=False, quality=proof.quality, drop=max(lost, default=None), certificate=proof
@@ -294,10 +294,10 @@ def _renew(
 
 def _judge(
     work: Work, read: Artifact, releases: Mapping[str, Release], folder: Path, asked: QualityLimit
-) -> tuple[artifact.BaselineFigures, certify.Certificate, dict[str, Any]]:
+) -> tuple[artifact.BaselineFigures, certify.Certificate, dict[str, Any], tuple[artifact.Point, ...]]:
     """Measure the new files alone, beside the new weights' own baseline, and hold them against the limits.
 
-    Returns the devices' fingerprints too.
+    Returns the devices' fingerprints too, and what moved thresholds trade.
     """
     key, _ = export_baseline(work, folder, (work.exporter,))
     path = folder / "model.onnx"
@@ -323,6 +323,9 @@ def _judge(
             checked={name: checked for name, (_, checked) in answered.items()},
         )
         readings = {profile.name: station.measure(profile.name, path, key) for profile in work.profiles}
+        own = [name for name in variant if read.manifest.models.get(name) == artifact.MODEL]
+        shipped = releases[variant[own[0]]]
+        points = tradeoff.measured(shipped.model, shipped.receipts, work.task, own, station.measure)
     finally:
         station.close()
     macs, parameters = thop_count(work.parent, examples(work.task.input))
@@ -335,7 +338,7 @@ def _judge(
         macs=macs,
         parameters=parameters,
     )
-    return before, proof, {short(host): host for host in hosts.values()}
+    return before, proof, {short(host): host for host in hosts.values()}, points
 
 
 def _asked(read: Artifact, max_drop: float | None) -> QualityLimit:
@@ -359,6 +362,7 @@ def _write(
     before: artifact.BaselineFigures,
     proof: certify.Certificate,
     hosts: Mapping[str, Any],
+    points: tuple[artifact.Point, ...],
 ) -> None:
     old = read.manifest
     macs, parameters = thop_count(settled.module, examples(work.task.input))
@@ -389,6 +393,7 @@ def _write(
                 "baseline": before,
                 "versions": artifact.versions(),
                 "fingerprints": dict(hosts),
+                "thresholds": points,
             }
         ),
     )

@@ -257,6 +257,7 @@ def search(
     fidelity: Fidelity | Mapping[str, Any] | None = None,
     probe: float = 60.0,
     elastic: float = 0.0,
+    routes: bool = False,
     warm: Sequence[str | Path] = (),
     out: str | Path = "runs/search",
     address: str | None = None,
@@ -273,7 +274,8 @@ def search(
     `model` may be a network of your own with its trained weights (an nn.Module); `options` and `data` are what a named
     model and task take, `epochs` how long a model without weights is trained first. The space is derived from the
     network (`auto`) and probed for at most `probe` seconds, unless it is the built-in one; for `elastic` minutes
-    structures of it learn to share the parent's weights before the search. `warm` names folders of earlier runs, of
+    structures of it learn to share the parent's weights before the search. With `routes` it offers exits and gates too,
+    whose files decide by their input and take one sample at a time. `warm` names folders of earlier runs, of
     this or another network or device, whose trials the searcher begins with. Of the `minutes` the share `final` is kept
     for the last rung, to which the best few alone are trained, one after another on all cores. `screen` leaves
     unmeasured what is predicted to be far over every budget, `patience` is how many minutes to wait for devices that
@@ -302,6 +304,7 @@ def search(
             "cost": {"trials": trials, "minutes": minutes, "final": final},
             "probe": probe,
             "elastic": elastic,
+            "routes": routes,
             "warm": [str(path) for path in warm],
             "workers": workers,
             "screen": screen,

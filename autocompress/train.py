@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autocompress.distill import Distillation, Kind
 from autocompress.lesson import Lesson
+from autocompress.models.routing import is_hung
 from autocompress.models.trace import examples, still
 from autocompress.models.weights import fill
 from autocompress.ops import TrainOp
@@ -38,6 +39,8 @@ MOMENTS = {
     "adamw": {"exp_avg": "momentum", "exp_avg_sq": "square", "step": "count"},
 }
 """What an optimizer keeps of each parameter, and its name in a state."""
+SHARE = "share"
+"""Of the rate, in a group of parameters."""
 LESSON = "lesson:"
 """Before the names of what learns beside the network; no parameter of a network has a colon in its name."""
 PROBE_BATCH, PROBE_TURNS = 16, 3
@@ -140,10 +143,12 @@ class Training:
         pause: Pause = at_once,
         instruments: Sequence[tuple[TrainOp, Receipt]] = (),
         cycles: Sequence[float] = (1.0,),
+        gentle: float = 1.0,
     ) -> None:
         """`cycles`: shares of the training at which the learning rate has come down to nothing, to begin anew.
 
         What is judged there is judged at rest (SGDR, Loshchilov and Hutter 2017), not in the middle of a descent.
+        `gentle`: the share of the rate for all but what routes have hung on the network, which begins at random.
         Raises UserError for a distillation weight without a teacher.
         """
         if weight > 0 and teacher is None:
@@ -171,9 +176,12 @@ class Training:
         self.ends = sorted({*(max(1, round(share * self.total)) for share in cycles), self.total})
         self.began = 0  # step at which the cycle began
         # scales and biases are not decayed (He et al. 2019, "Bag of tricks", section 3.1)
-        weights = [p for _, p in self._learning() if p.ndim > 1]
-        others = [p for _, p in self._learning() if p.ndim <= 1]
-        groups = [{"params": weights, "weight_decay": self.recipe.decay}, {"params": others, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = []
+        for fresh, share in ((False, gentle), (True, 1.0)):
+            for wide in (True, False):
+                found = [p for name, p in self._learning() if is_hung(name) == fresh and (p.ndim > 1) == wide]
+                if found:
+                    groups.append({"params": found, "weight_decay": self.recipe.decay if wide else 0.0, SHARE: share})
         self.optimizer = _optimizer(self.recipe, groups)
 
     def run_to(self, fidelity: float) -> dict[str, float]:
@@ -222,7 +230,7 @@ class Training:
         arguments = _arguments(inputs)
         rate = self.lr * self._share()
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group[SHARE]
         with self._precision():
             outputs = self.module(*arguments)
             if self.lesson is not None:

@@ -528,6 +528,7 @@ class SearchPlan(Record):
     probe: float = Field(default=60.0, ge=0, allow_inf_nan=False)  # seconds at most, for `space: auto` alone; 0: none
     warm: tuple[str, ...] = ()  # folders or journals of earlier runs whose trials it begins with
     elastic: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # minutes for an elastic parent; 0: none
+    routes: bool = False  # `space: auto` offers exits and gates too; such files take one sample at a time
 
     @model_validator(mode="after")
     def _something_before_the_last(self) -> SearchPlan:

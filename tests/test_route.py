@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import copy
+import io
+import json
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
-from autocompress import branches, load, onnxfile, pipeline
+import autocompress
+from autocompress import auto, branches, load, onnxfile, pipeline
 from autocompress import export as exporting
 from autocompress.batches import Batched
 from autocompress.models.convnet import ConvNet
 from autocompress.models.foreign import Foreign
 from autocompress.registry import make
+from autocompress.reuse import apply
 from autocompress.tasks.digits import Digits
 from autocompress.train import Training
 from autocompress.types import Budget, Candidate, Policy, Reading, Rule, TrialFailure, UserError
+from autocompress.verify import verify
 
 OPS = ("exit", "skip", "branch", "route", "quantize", "prune", "lowrank", "block", "distill")
 
@@ -325,3 +331,57 @@ def test_routes_that_always_decide_alike_are_told(made: Made):
     notes = pipeline.notes_of(release.receipts)
     assert "blocks.1.exit: every sample leaves there" in notes
     assert "blocks.3.exit: no sample leaves there" in notes
+
+
+def test_a_derived_space_offers_routes_where_they_are_asked_for(parent: nn.Module, task: Digits):
+    builder = Foreign.of(parent, task.input)
+    profile = load.profile("local-1t")
+    plain, routed = (auto.targeted(builder, (profile,), routes=routes) for routes in (False, True))
+    assert not any(gene.op in ("exit", "skip") for gene in plain.genes)
+    added = [gene for gene in routed.genes if gene.op in ("exit", "skip")]
+    assert {gene.op for gene in added} == {"exit", "skip"}
+    assert all(gene.when == {f"block.kind@{gene.site}": ("keep",)} for gene in added if gene.op == "skip")
+    many = profile.model_copy(update={"batch": 8})
+    assert auto.targeted(builder, (profile, many), routes=True).genes == plain.genes
+    file = auto.written(routed, builder)
+    assert {row.op for row in file.policy} >= {"exit", "skip"}
+
+
+def test_a_policy_with_routes_goes_from_search_to_artifact_to_new_weights(tmp_path):
+    (tmp_path / "space.yaml").write_text(
+        "name: leaving\nabout: an exit\nbuilder: convnet\n"
+        "policy:\n  - {sites: [stem.conv, stages.*, head], op: quantize, param: bits, choices: [float, int8]}\n"
+        "always:\n  - {site: stages.0.1, op: exit, settings: {head: linear}}\n"
+        "  - {site: stages.2.1, op: skip, settings: {rate: 0.5}}\n"
+        "  - {site: '.', op: route, settings: {loses: 0.02}}\n"
+        "  - {site: '.', op: distill, settings: {weight: 0.5}}\n"
+    )
+    summary = autocompress.search(
+        "convnet", "digits", space=str(tmp_path / "space.yaml"),
+        devices=[{"profile": "local-1t", "latency_ms": {"p99": 500}}],
+        quality={"max_drop": 0.9}, trials=2, minutes=3, epochs=2, fidelity={"full_epochs": 2, "rungs": (1.0,)},
+        out=tmp_path / "run", serial=True, console=Console(file=io.StringIO()),
+    )  # fmt: skip
+    assert summary.winners, summary.problems
+    folder = tmp_path / "run" / "best" / "local-1t"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    points = manifest["thresholds"]
+    assert [point["shipped"] for point in points].count(True) == 1
+    left = [point["shares"]["stages.0.1.exit"] for point in points]
+    assert (left[0], left[-1]) == (1.0, 0.0)
+    assert left == sorted(left, reverse=True)
+    times = [point["readings"]["local-1t"]["ms"]["value"] for point in points]
+    assert times[0] < times[-1]
+    reading = manifest["certificate"]["readings"]["local-1t"]
+    assert reading["inputs"] == 64
+    assert "mean of 64 inputs" in (tmp_path / "run" / "report.html").read_text()
+    verified = verify(folder)
+    assert not [check for check in verified.checks if check.status == "failed"]
+    weights = tmp_path / "run" / "baseline" / "weights.safetensors"
+    applied = apply(folder, weights=weights, out=tmp_path / "next", max_drop=0.9)
+    again = json.loads((tmp_path / "next" / "policy.json").read_text())
+    before = json.loads((folder / "policy.json").read_text())
+    heads = [[e for r in one["receipts"] for e in r["entries"] if "head" in e["facts"]] for one in (before, again)]
+    assert heads[0] == heads[1]
+    assert applied.certificate.certified
+    assert len(json.loads((tmp_path / "next" / "manifest.json").read_text())["thresholds"]) == len(points)

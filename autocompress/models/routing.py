@@ -174,6 +174,11 @@ def thresholds(module: nn.Module) -> dict[str, str]:
     }
 
 
+def is_hung(name: str) -> bool:
+    """Whether a parameter of this name was hung on the network by a route."""
+    return any(atom in ("exit", "gate") for atom in name.split(".")[:-1])
+
+
 @contextmanager
 def forced(module: nn.Module, value: float) -> Iterator[None]:
     """Within, every decision has this threshold: 0 leaves by the first exit and runs what is gated."""
