@@ -32,6 +32,7 @@ from autocompress.types import (
     Choice,
     Genotype,
     Goal,
+    Point,
     Policy,
     Profile,
     Quality,
@@ -88,16 +89,6 @@ class BaselineFigures(Record):
     size_mb: float = 0.0
     macs: int = 0
     parameters: int = 0
-
-
-class Point(Record):
-    """One threshold for all exits of a file."""
-
-    threshold: float
-    shipped: bool = False  # the file's own
-    quality: Quality  # on the selection split
-    shares: dict[str, float]  # of the samples that leave by each exit, on the split that thresholds were tuned on
-    readings: dict[str, Reading]  # per profile
 
 
 class Manifest(Record):

@@ -59,6 +59,47 @@ class Tick:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """One bin of a histogram, in pixels."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    title: str
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How often which time."""
+
+    bars: tuple[Bar, ...]
+    ticks: tuple[Tick, ...]
+    width: int = 380
+    height: int = 150
+    bottom: int = 120
+
+
+def histogram(values: Sequence[float], bins: int = 20) -> Histogram:
+    """Of milliseconds, one at least."""
+    low, high = min(values), max(values)
+    pad = max(0.02 * (high - low), 0.01 * high, 1e-9)
+    scale = Scale(low - pad, high + pad, 10, 370)
+    step = (high - low + 2 * pad) / bins
+    counts = [0] * bins
+    for value in values:
+        counts[min(bins - 1, int((value - low + pad) / step))] += 1
+    found: list[Bar] = []
+    for place, count in enumerate(counts):
+        begin, end = low - pad + place * step, low - pad + (place + 1) * step
+        tall = round(100 * count / max(counts), 1)
+        title = f"{begin:.3g} to {end:.3g} ms: {count} of {len(values)} inputs"
+        found.append(Bar(scale(begin) + 1, 120 - tall, max(1.0, scale(end) - scale(begin) - 2), tall, title))
+    marks = tuple(Tick(scale(one), f"{one:g}") for one in ticks(low - pad, high + pad))
+    return Histogram(tuple(bar for bar in found if bar.height), marks)
+
+
+@dataclass(frozen=True)
 class Mark:
     """One trial or control arm in a panel."""
 

@@ -33,6 +33,7 @@ from autocompress.store import Store
 from autocompress.summary import Arm, Finding
 from autocompress.types import (
     Goal,
+    Point,
     Policy,
     Quality,
     Reading,
@@ -143,7 +144,7 @@ class Finals:
     test: dict[str, Quality] = field(default_factory=dict)  # by sha256 of the file: each meets the test split once
     made: dict[int, tuple[Stage, ...]] = field(default_factory=dict)  # by trial number
     optimized: dict[tuple[str, str], tuple[bytes, dict[str, int]]] = field(default_factory=dict)
-    traded: dict[tuple[str, tuple[str, ...]], tuple[artifact.Point, ...]] = field(default_factory=dict)
+    traded: dict[tuple[str, tuple[str, ...]], tuple[Point, ...]] = field(default_factory=dict)
     answered: dict[tuple[str, str], tuple[Quality, certify.Checked]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)  # what could not be made, and why: the report says it
     sessions: Sessions = field(init=False)
@@ -254,6 +255,8 @@ class Finals:
             path=str(path),
             stages=self.stages(trial, files),
             fused=self.optimizer(goal, files)[1],
+            thresholds=self.tradeoff(files, self.variant(names[0]), tuple(names)),
+            spread={name: spread for name in names if (spread := tradeoff.spread(proof.each.get(name, ())))},
             tried=tuple(tried.number for tried, _ in chosen.tried),
         )
 
@@ -363,7 +366,7 @@ class Finals:
             ),
         )
 
-    def tradeoff(self, files: Kept, variant: str, profiles: tuple[str, ...]) -> tuple[artifact.Point, ...]:
+    def tradeoff(self, files: Kept, variant: str, profiles: tuple[str, ...]) -> tuple[Point, ...]:
         """Quality and latency for other thresholds; measured once for all goals that a file serves."""
         own = tuple(name for name in profiles if self.variant(name) == variant)
         key = (files.shas[variant], own)

@@ -183,6 +183,7 @@ def render(out: Path) -> str:
         panels=_panels(run, found, winners, words),
         networks=_networks(out, winners),
         steps=charts.steps,
+        histogram=charts.histogram,
         simpler={name: summary.simpler(found, name) for name in found.closest},
         growth=charts.growth(run.order, run.goals, run.limit, baseline),
         shares=charts.shares(found.seconds),

@@ -41,6 +41,7 @@ from autocompress.types import (
     Candidate,
     Job,
     LimitError,
+    Point,
     Quality,
     QualityLimit,
     Receipt,
@@ -294,7 +295,7 @@ def _renew(
 
 def _judge(
     work: Work, read: Artifact, releases: Mapping[str, Release], folder: Path, asked: QualityLimit
-) -> tuple[artifact.BaselineFigures, certify.Certificate, dict[str, Any], tuple[artifact.Point, ...]]:
+) -> tuple[artifact.BaselineFigures, certify.Certificate, dict[str, Any], tuple[Point, ...]]:
     """Measure the new files alone, beside the new weights' own baseline, and hold them against the limits.
 
     Returns the devices' fingerprints too, and what moved thresholds trade.
@@ -362,7 +363,7 @@ def _write(
     before: artifact.BaselineFigures,
     proof: certify.Certificate,
     hosts: Mapping[str, Any],
-    points: tuple[artifact.Point, ...],
+    points: tuple[Point, ...],
 ) -> None:
     old = read.manifest
     macs, parameters = thop_count(settled.module, examples(work.task.input))

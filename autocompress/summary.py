@@ -30,6 +30,7 @@ from autocompress.types import (
     Goal,
     Interval,
     Limit,
+    Point,
     Quality,
     Reading,
     Record,
@@ -64,6 +65,8 @@ class Finding(Record):
     path: str = ""  # of the artifact, relative to OUT
     stages: tuple[Stage, ...] = ()
     fused: dict[str, int] = {}  # nodes that onnxruntime's optimizer makes (positive) of those that go (negative)
+    thresholds: tuple[Point, ...] = ()  # of a file that decides by its input
+    spread: dict[str, tuple[float, ...]] = {}  # per profile the median milliseconds of each of its inputs
     tried: tuple[int, ...] = ()  # numbers of the finalists measured again, in order
 
 
@@ -129,6 +132,8 @@ class Winner(Record):
     tried: tuple[int, ...] = ()
     fused: dict[str, int] = {}
     stages: tuple[Stage, ...] = ()  # quality on the selection split on the way from the parent to the file
+    thresholds: tuple[Point, ...] = ()  # of a file that decides by its input: what moving them trades
+    spread: dict[str, tuple[float, ...]] = {}  # per profile the median milliseconds of each input it was timed with
     path: str = ""
 
 
@@ -529,6 +534,8 @@ def _winner(
         tried=finding.tried,
         stages=finding.stages,
         fused=finding.fused,
+        thresholds=finding.thresholds,
+        spread=finding.spread,
         path=finding.path,
     )
 

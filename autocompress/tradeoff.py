@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from autocompress import export
-from autocompress.artifact import Point
 from autocompress.branches import set_thresholds, thresholds_of
 from autocompress.models.routing import NEVER
 from autocompress.ops.route import is_exit, routes_of
 from autocompress.pipeline import timed
 from autocompress.tasks import Task
-from autocompress.types import Reading, Receipt
+from autocompress.types import Point, Reading, Receipt
 
 WANTED = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the samples that leave early
 
@@ -62,3 +61,13 @@ def measured(
             )
         )
     return tuple(found)
+
+
+def spread(readings: Sequence[Reading]) -> tuple[float, ...]:
+    """(inputs,) median milliseconds of each input that a deciding file was timed with, over all sessions' blocks."""
+    blocks = [
+        block for reading in readings if reading.runs is not None and reading.inputs for block in reading.runs.model
+    ]
+    if not blocks:
+        return ()
+    return tuple(float(f"{ms:.5g}") for ms in np.median(np.asarray(blocks), axis=0))

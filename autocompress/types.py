@@ -271,6 +271,16 @@ class Quality(Record):
     samples: int
 
 
+class Point(Record):
+    """One threshold for all exits of a file."""
+
+    threshold: float
+    shipped: bool = False  # the file's own
+    quality: Quality  # on the selection split
+    shares: dict[str, float]  # of the samples that leave by each exit, on the split that thresholds were tuned on
+    readings: dict[str, Reading]  # per profile
+
+
 class Stage(Record):
     """Quality of a network after one stage of its making."""
 

@@ -37,7 +37,7 @@ from torch import nn
 import autocompress
 from autocompress import journal
 from autocompress.auto import TAUGHT
-from autocompress.devices.cores import plan_cores
+from autocompress.devices.cores import keep_to, plan_cores
 from autocompress.models.foreign import Foreign
 from autocompress.pipeline import release, weights_of
 from autocompress.store import write_atomic
@@ -100,6 +100,7 @@ class Headline(Bench):
 
     def go(self, searcher: str, out: Path, *, begun: bool) -> None:
         """Start a search, or go on with it."""
+        keep_to(range(os.cpu_count() or 1))  # the bench's own station rests meanwhile: all cores are the search's
         module = resnet(DEPTHS[self.asked.network])
         if begun:
             autocompress.resume(out, task=self.task, builder=module, console=self.console)
