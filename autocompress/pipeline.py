@@ -771,13 +771,13 @@ class _Path:
 
     def sizes(self, releases: Mapping[str, Release]) -> None:
         """What the files weigh, how they decide, and what latency is predicted from where that is wanted."""
-        routes = [receipt for item in releases.values() for receipt in item.receipts if receipt.op == ROUTE]
-        self.facts["notes"] = (*self.notes, *dict.fromkeys(notes_of(routes)))
         self.facts["size_mb"] = {p.name: releases[p.numeric.variant].size_mb for p in self.work.profiles}
         if self.evaluator.weigh is not None:
             with self.stage("kernels", working=False):
                 for profile in self.work.profiles:
                     self.weigh(self.evaluator.weigh, profile.name, releases[profile.numeric.variant])
+        routes = [receipt for item in releases.values() for receipt in item.receipts if receipt.op == ROUTE]
+        self.facts["notes"] = (*self.notes, *dict.fromkeys(notes_of(routes)))
 
     def weigh(self, weigh: Weigh, profile: str, item: Release) -> None:
         """What latency is predicted from, unless that is known of the same graph."""
@@ -791,7 +791,7 @@ class _Path:
             pass  # measuring says so, and asks again
         except TrialFailure as failure:
             self.weighed[profile] = item.key
-            self.facts["notes"] = (*self.facts["notes"], f"{profile}: no latency is predicted: {failure}")
+            self.notes = (*self.notes, f"{profile}: no latency is predicted: {failure}")
         self.facts["amounts"] = amounts
 
     def time(self, releases: Mapping[str, Release], *, final: bool = False) -> None:

@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--speedup", type=float, default=5.0, help="the budget: times faster than fp32")
     parser.add_argument("--smaller", type=float, default=10.0, help="the budget: times smaller than the fp32 file")
     parser.add_argument("--drop", type=float, default=0.5, help="points that may be lost")
-    parser.add_argument("--elastic", type=float, default=0.2, help="share of the minutes for an elastic parent")
+    parser.add_argument("--elastic", type=float, default=0.0, help="share of the minutes for an elastic parent")
     parser.add_argument("--workers", type=int, help="trials at once; default: all cores that are not the station's")
     parser.add_argument("--threads", type=int, help="of trained arms; 1 on a machine that others use")
     parser.add_argument("--seed", type=int, default=0)
