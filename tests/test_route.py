@@ -302,6 +302,7 @@ def test_budgets_name_quantiles():
 
 def test_a_distribution_is_measured_over_real_inputs(made: Made, tmp_path):
     from autocompress.devices.cores import plan_cores
+    from autocompress.devices.local import LocalDevice
     from autocompress.devices.station import Station
 
     baseline = tmp_path / "baseline.onnx"
@@ -312,6 +313,11 @@ def test_a_distribution_is_measured_over_real_inputs(made: Made, tmp_path):
         early = branches.set_thresholds(made.release.model, {"blocks.1.exit": 0.0})
         fast: Reading = station.measure("local-1t", pipeline.timed(made.work.task, early))
         whole: Reading = station.session("local-1t", made.release.timed)
+        path = tmp_path / "model.onnx"
+        path.write_bytes(made.release.model)
+        device = LocalDevice(made.work.profiles[0])
+        (told,) = device.answers(path, [made.images[:9]])
+        device.close()
     finally:
         station.close()
     assert reading.inputs == 64
@@ -320,6 +326,7 @@ def test_a_distribution_is_measured_over_real_inputs(made: Made, tmp_path):
     assert reading.worst_ms is not None
     assert reading.p50_ms.value <= reading.worst_ms * 1.5
     assert fast.ms.value < reading.ms.value
+    assert np.allclose(told, exporting.predictor(made.release.model)(made.images[:9]))
     assert whole.runs is not None
     assert whole.runs.inputs == 64
     assert all(len(block) == 64 for block in whole.runs.model)

@@ -564,7 +564,12 @@ class Server:
         session = self.asked.session
         try:
             feed = {one.name: unpacked(text) for one, text in zip(session.get_inputs(), inputs)}  # noqa: B905
-            return [packed(np.asarray(one)) for one in session.run(None, feed)]
+            rows = [feed]
+            if all(one.shape and one.shape[0] == 1 for one in session.get_inputs()):  # it takes one sample at a time
+                count = min(map(len, feed.values()))
+                rows = [{name: array[i : i + 1] for name, array in feed.items()} for i in range(count)]
+            answers = [session.run(None, row) for row in rows]
+            return [packed(np.concatenate([np.asarray(one) for one in part])) for part in zip(*answers)]  # noqa: B905
         except Exception as error:
             raise RefusedError("run", path, str(error)) from error
 
