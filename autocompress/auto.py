@@ -207,7 +207,7 @@ def _routes(sites: Sequence[Site], blocks: Mapping[str, Gene]) -> Iterable[Gene]
     leaving = {min(outer, key=lambda site: abs(site.depth - depth)).name for depth in EXITS}
     for site in outer:
         if site.name in leaving:
-            yield _gene("exit", "head", site.name, ("none", "linear", "hidden"))
+            yield _gene("exit", "head", site.name, ("none", "linear", "conv"))
     inner = [site for site in outer if site.name not in leaving]
     for site in inner[:: max(1, math.ceil(len(inner) / GATED))]:
         keeps: dict[str, Choices] = {blocks[site.name].name: ("keep",)} if site.name in blocks else {}

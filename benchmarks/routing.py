@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=float, default=4.0)
     parser.add_argument("--exits", default=EXITS)
-    parser.add_argument("--head", default="hidden", choices=("linear", "hidden"))
+    parser.add_argument("--head", default="conv", choices=("linear", "hidden", "conv"))
     parser.add_argument("--confidence", default="softmax", choices=("softmax", "entropy", "learned"))
     parser.add_argument(
         "--loses", type=float, default=0.003, help="of quality, that exits may cost where they are tuned"

@@ -105,7 +105,7 @@ def work_of(parent: nn.Module, task: Digits, profile: str = "local-1t") -> pipel
 
 
 EVERYTHING = (
-    rule("exit", "blocks.1", head="linear"),
+    rule("exit", "blocks.1", head="conv"),
     rule("exit", "blocks.3", head="hidden", confidence="learned"),
     rule("skip", "blocks.2", rate=0.5),
     rule("branch", "blocks.4", rate=0.5),
@@ -268,7 +268,7 @@ def test_several_outputs_cannot_be_routed(task: Digits):
     [
         (rule("route", ".", threshold=1.5), "threshold 1.5; give a number from 0 to 1, or tuned"),
         (rule("route", ".", loses=-0.1), "loses -0.1 is not a share from 0 to 1"),
-        (rule("exit", "a", head="wide"), "head 'wide'; choose one of none, linear, hidden"),
+        (rule("exit", "a", head="wide"), "head 'wide'; choose one of none, linear, hidden, conv"),
         (rule("exit", "a", size=3), "unknown setting 'size'; known are head and confidence"),
         (rule("skip", "a", rate=0.0), "rate 0.0 is not above 0 and at most 1"),
         (rule("branch", "a", width=2), "width 2 is not above 0 and at most 1"),

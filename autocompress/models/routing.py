@@ -39,15 +39,22 @@ def pooled(x: Tensor) -> Tensor:
 class Exit(nn.Module):
     """A head behind a block, and how sure it is of its answer.
 
-    `features` channels in, `outputs` out; `hidden` > 0 puts a layer of that width between. `order` counts the exits of
-    a network from its input.
+    `features` channels in, `outputs` out; `hidden` > 0 puts a layer of that width between, and with `convolved` two
+    convolutions of that width before the pooling, each over every second position. `order` counts the exits of a
+    network from its input.
     """
 
     threshold: Tensor
 
-    def __init__(self, features: int, outputs: int, hidden: int, confidence: Confidence, order: int) -> None:
+    def __init__(
+        self, features: int, outputs: int, hidden: int, confidence: Confidence, order: int, *, convolved: bool = False
+    ) -> None:
         super().__init__()
         self.confidence, self.order = confidence, order
+        self.look: nn.Module | None = None
+        if convolved:
+            self.look = nn.Sequential(*_halved(features, hidden), *_halved(hidden, hidden))
+            features, hidden = hidden, 0
         if hidden:
             self.head: nn.Module = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
         else:
@@ -59,7 +66,7 @@ class Exit(nn.Module):
 
     def forward(self, x: Tensor) -> None:
         """Answer (n, outputs) and confidence (n, 1), kept in `seen` until they are taken."""
-        features = pooled(x)
+        features = pooled(x if self.look is None else self.look(x))
         answer = self.head(features)
         self.seen = answer, self.confidence_of(features, answer)
 
@@ -118,6 +125,10 @@ class Gate(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "chance": None}
+
+
+def _halved(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
 
 
 def _pointwise(inputs: int, outputs: int) -> nn.Conv2d:
@@ -239,4 +250,4 @@ def lesson(module: nn.Module) -> Tensor | None:
         if part.sure is not None:
             same = (answer.argmax(1, keepdim=True) == final.argmax(1, keepdim=True)).to(sure)
             total = total + functional.binary_cross_entropy(sure.clamp(1e-6, 1 - 1e-6), same)
-    return total / len(found)
+    return total

@@ -34,19 +34,19 @@ if TYPE_CHECKING:
 
 LOOKED = 4
 """Calibration examples that show what arrives at a block."""
-HEADS = ("none", "linear", "hidden")
+HEADS = ("none", "linear", "hidden", "conv")
 WIDE = 2
 """A hidden head has so many times as many channels as outputs, at least LEAST of them."""
 LEAST = 16
 JOINT = 0.5
-"""Weight of the exits' loss beside the network's own."""
+"""Weight of each exit's loss beside the network's own."""
 RATE = 4.0
 """Weight of the squared difference between the share of the time spent in gated blocks and what was asked."""
 TIMED = 8
 """Runs that say what the blocks take."""
 LOSES, TUNED = 0.005, "tuned"
 STEPS = 24
-"""Thresholds that are tried, at equal shares of the samples."""
+"""Thresholds that are tried at equal shares of the samples; half as many more where few leave."""
 
 
 class Head(Record):
@@ -56,6 +56,7 @@ class Head(Record):
     features: int
     outputs: int
     hidden: int
+    convolved: bool = False
     confidence: routing.Confidence
     order: int
 
@@ -94,7 +95,11 @@ class _Routed:
 
 
 class Exit(_Routed):
-    """An early exit behind a block. `head` is none, linear or hidden, `confidence` softmax, entropy or learned."""
+    """An early exit behind a block.
+
+    `head` is none, linear, hidden (two layers) or conv (two convolutions before the pooling, where there are
+    positions), `confidence` softmax, entropy or learned.
+    """
 
     name = "exit"
 
@@ -137,12 +142,16 @@ class Exit(_Routed):
                 continue
             call = calls[rule.site][0]
             outputs = answer.shape[1]
-            hidden = max(LEAST, WIDE * outputs) if rule.settings["head"] == "hidden" else 0
+            features = _features(call.shape)
+            convolved = rule.settings["head"] == "conv" and len(call.shape) == 4
+            hidden = max(LEAST, WIDE * outputs) if rule.settings["head"] != "linear" else 0
+            hidden = max(hidden, WIDE * features) if convolved else hidden
             head = Head(
                 type=type(subject.get_submodule(rule.site)).__name__,
-                features=_features(call.shape),
+                features=features,
                 outputs=outputs,
                 hidden=hidden,
+                convolved=convolved,
                 confidence=rule.settings.get("confidence", "softmax"),  # pyright: ignore[reportArgumentType]
                 order=0,
             )
@@ -161,7 +170,14 @@ class Exit(_Routed):
                 _check(subject, entry.site, head.type, self.name)
                 if not hasattr(subject.get_submodule(entry.site), "exit"):
                     with _fixed(head.order):
-                        part = routing.Exit(head.features, head.outputs, head.hidden, head.confidence, head.order)
+                        part = routing.Exit(
+                            head.features,
+                            head.outputs,
+                            head.hidden,
+                            head.confidence,
+                            head.order,
+                            convolved=head.convolved,
+                        )
                     routing.hang_exit(subject, entry.site, part)
         return subject
 
@@ -570,7 +586,9 @@ class Plain:
                 {"threshold": routing.NEVER, "quality": self.first.value.value, "shares": self.shares(routing.NEVER)}
             ]
         sure = np.concatenate([call[self.compared[route]].reshape(-1) for call in self.calls for route in self.exits])
-        levels = np.unique(np.quantile(sure, np.linspace(0, 1, STEPS)).astype(np.float32))
+        # most of what is traded lies where few samples leave: there the steps are finer
+        shares = np.concatenate([np.linspace(0, 0.9, STEPS), 1 - np.geomspace(0.09, 0.001, STEPS // 2), [1.0]])
+        levels = np.unique(np.quantile(sure, shares).astype(np.float32))
         return [
             {"threshold": float(level), "quality": round(self.quality(level), 6), "shares": self.shares(level)}
             for level in (0.0, *map(float, levels), routing.NEVER)
