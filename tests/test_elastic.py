@@ -143,7 +143,8 @@ def test_a_structure_like_the_parents_keeps_the_parents_weights(work: Work) -> N
     assert donor.source(sp.decode(SPACE, chosen(block_3=1))) is donor.donor
 
 
-def test_a_search_with_an_elastic_parent_says_so_and_goes_on(tmp_path: Path) -> None:
+def test_a_search_with_an_elastic_parent_says_so_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elastic, "CHECK_STEPS", 4)
     job = small_search.job(tmp_path / "out", elastic=0.08, fidelity=Fidelity(full_epochs=1.0, rungs=(0.5, 1.0)))
     run(job, builder=small_search.builder(), space=small_search.space(tmp_path), serial=True)
     first = read(tmp_path / "out" / "journal.jsonl").events[0]

@@ -24,7 +24,7 @@ from autocompress.registry import make
 from autocompress.reuse import apply
 from autocompress.tasks.digits import Digits
 from autocompress.train import Training
-from autocompress.types import Budget, Candidate, Policy, Reading, Rule, TrialFailure, UserError
+from autocompress.types import Budget, Candidate, Gene, Policy, Reading, Rule, Space, TrialFailure, UserError
 from autocompress.verify import verify
 
 OPS = ("exit", "skip", "branch", "route", "quantize", "prune", "lowrank", "block", "distill")
@@ -354,19 +354,20 @@ def test_a_derived_space_offers_routes_where_they_are_asked_for(parent: nn.Modul
     assert {row.op for row in file.policy} >= {"exit", "skip"}
 
 
-def test_a_policy_with_routes_goes_from_search_to_artifact_to_new_weights(tmp_path):
-    (tmp_path / "space.yaml").write_text(
-        "name: leaving\nabout: an exit\nbuilder: convnet\n"
-        "policy:\n  - {sites: [stem.conv, stages.*, head], op: quantize, param: bits, choices: [float, int8]}\n"
-        "always:\n  - {site: stages.0.1, op: exit, settings: {head: linear}}\n"
-        "  - {site: stages.2.1, op: skip, settings: {rate: 0.5}}\n"
-        "  - {site: '.', op: route, settings: {loses: 0.02}}\n"
-        "  - {site: '.', op: distill, settings: {weight: 0.5}}\n"
+def test_a_policy_with_routes_goes_from_search_to_artifact_to_new_weights(parent: nn.Module, tmp_path):
+    bits = Gene(
+        name="bits", kind="policy", choices=("float", "int8"), site="blocks.0.conv1", op="quantize", param="bits"
+    )
+    always = (
+        rule("exit", "blocks.1", head="linear"),
+        rule("skip", "blocks.3", rate=0.5),
+        rule("route", ".", loses=0.02),
+        rule("distill", ".", weight=0.5),
     )
     summary = autocompress.search(
-        "convnet", "digits", space=str(tmp_path / "space.yaml"),
+        parent, "digits", space=Space(name="leaving", genes=(bits,), always=always),
         devices=[{"profile": "local-1t", "latency_ms": {"p99": 500}}],
-        quality={"max_drop": 0.9}, trials=2, minutes=3, epochs=2, fidelity={"full_epochs": 2, "rungs": (1.0,)},
+        quality={"max_drop": 0.9}, trials=1, minutes=3, fidelity={"full_epochs": 1, "rungs": (1.0,)},
         out=tmp_path / "run", serial=True, console=Console(file=io.StringIO()),
     )  # fmt: skip
     assert summary.winners, summary.problems
@@ -374,7 +375,7 @@ def test_a_policy_with_routes_goes_from_search_to_artifact_to_new_weights(tmp_pa
     manifest = json.loads((folder / "manifest.json").read_text())
     points = manifest["thresholds"]
     assert [point["shipped"] for point in points].count(True) == 1
-    left = [point["shares"]["stages.0.1.exit"] for point in points]
+    left = [point["shares"]["blocks.1.exit"] for point in points]
     assert (left[0], left[-1]) == (1.0, 0.0)
     assert left == sorted(left, reverse=True)
     times = [point["readings"]["local-1t"]["ms"]["value"] for point in points]
@@ -382,10 +383,10 @@ def test_a_policy_with_routes_goes_from_search_to_artifact_to_new_weights(tmp_pa
     reading = manifest["certificate"]["readings"]["local-1t"]
     assert reading["inputs"] == 64
     assert "mean of 64 inputs" in (tmp_path / "run" / "report.html").read_text()
-    verified = verify(folder)
+    verified = verify(folder, sessions=1, model=parent)
     assert not [check for check in verified.checks if check.status == "failed"]
     weights = tmp_path / "run" / "baseline" / "weights.safetensors"
-    applied = apply(folder, weights=weights, out=tmp_path / "next", max_drop=0.9)
+    applied = apply(folder, weights=weights, out=tmp_path / "next", max_drop=0.9, model=parent)
     again = json.loads((tmp_path / "next" / "policy.json").read_text())
     before = json.loads((folder / "policy.json").read_text())
     heads = [[e for r in one["receipts"] for e in r["entries"] if "head" in e["facts"]] for one in (before, again)]
