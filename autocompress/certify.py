@@ -96,9 +96,9 @@ def pool(readings: Sequence[Reading]) -> Reading:
         profile=first.profile,
         ms=_pooled([reading.ms for reading in readings]),
         p95_ms=max((reading.p95_ms for reading in readings), key=lambda one: one.high),
-        p99_ms=max((one for reading in readings if (one := reading.p99_ms)), key=lambda one: one.high, default=None),
-        p50_ms=max((one for reading in readings if (one := reading.p50_ms)), key=lambda one: one.high, default=None),
-        worst_ms=max((one for reading in readings if (one := reading.worst_ms) is not None), default=None),
+        p99_ms=_widest([reading.p99_ms for reading in readings]),
+        p50_ms=_widest([reading.p50_ms for reading in readings]),
+        worst_ms=_most([reading.worst_ms for reading in readings]),
         inputs=first.inputs,
         baseline_ms=_pooled([reading.baseline_ms for reading in readings]),
         ratio=_pooled([reading.ratio for reading in readings]),
@@ -111,11 +111,20 @@ def pool(readings: Sequence[Reading]) -> Reading:
         seconds=sum(reading.seconds for reading in readings),
         batch=first.batch,
         load_ms=max(reading.load_ms for reading in readings),
-        memory_mb=max((one for reading in readings if (one := reading.memory_mb) is not None), default=None),
+        memory_mb=_most([reading.memory_mb for reading in readings]),
         as_is=any(reading.as_is for reading in readings),
         energy_mj=mean(energies) if (energies := [e for r in readings if (e := r.energy_mj) is not None]) else None,
         drift=max((reading.drift for reading in readings), key=abs),
     )
+
+
+def _widest(intervals: Sequence[Interval | None]) -> Interval | None:
+    """The one with the highest upper end; None where none is known."""
+    return max((one for one in intervals if one is not None), key=lambda one: one.high, default=None)
+
+
+def _most(values: Sequence[float | None]) -> float | None:
+    return max((one for one in values if one is not None), default=None)
 
 
 def _pooled(intervals: Sequence[Interval]) -> Interval:
