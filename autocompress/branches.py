@@ -45,9 +45,7 @@ def decisions(model: onnx.ModelProto, thresholds: Mapping[str, str]) -> dict[str
     for place, node in enumerate(nodes):
         if node.op_type != "Where":
             continue
-        condition = makers.get(node.input[0])
-        while condition is not None and condition.op_type in CARRIED:
-            condition = makers.get(condition.input[0])
+        condition = comparison(node, makers)
         if condition is None or condition.op_type not in COMPARED:
             continue
         for route, threshold in thresholds.items():
@@ -56,6 +54,14 @@ def decisions(model: onnx.ModelProto, thresholds: Mapping[str, str]) -> dict[str
     if missing := [route for route in thresholds if route not in found]:
         raise TrialFailure(f"export: the decision of {missing[0]} is not in the file as a Where of a comparison")
     return {route: found[route] for route in thresholds}
+
+
+def comparison(where: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> onnx.NodeProto | None:
+    """What a `Where` decides by, behind whatever only reshapes it; None where that is an input or a constant."""
+    condition = makers.get(where.input[0])
+    while condition is not None and condition.op_type in CARRIED:
+        condition = makers.get(condition.input[0])
+    return condition
 
 
 def threshold_name(route: str) -> str:
@@ -69,9 +75,8 @@ def with_thresholds(model: onnx.ModelProto, routes: Mapping[str, str]) -> None:
     makers = {name: node for node in model.graph.node for name in node.output}
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for route, where in routes.items():
-        condition = makers[nodes[where].input[0]]
-        while condition.op_type in CARRIED:
-            condition = makers[condition.input[0]]
+        condition = comparison(nodes[where], makers)
+        assert condition is not None, "a route's Where has a comparison, or it is none"
         for place, name in enumerate(condition.input):
             if name in constants:
                 constants[name].name = condition.input[place] = threshold_name(route)
@@ -88,7 +93,10 @@ def thresholds_of(model: bytes) -> dict[str, float]:
 
 
 def set_thresholds(model: bytes, thresholds: Mapping[str, float]) -> bytes:
-    """The file with other defaults. Raises UserError for a route that it does not have, or one outside [0, 1]."""
+    """The file with other thresholds: 0 always takes a route, above 1 never.
+
+    Raises UserError for a route that the file does not have, and for a threshold below 0 or that is no number.
+    """
     proto = onnxfile.read(model)
     there = {tensor.name: tensor for tensor in proto.graph.initializer}
     for route, value in thresholds.items():

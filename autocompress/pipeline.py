@@ -33,7 +33,7 @@ from autocompress.models.routing import NEVER, forced
 from autocompress.models.trace import examples, thop_count
 from autocompress.models.weights import fill
 from autocompress.ops import Op, Phase, TrainOp
-from autocompress.ops.route import is_exit
+from autocompress.ops.thresholds import is_exit
 from autocompress.pareto import meets, over_every_budget
 from autocompress.registry import make
 from autocompress.surrogate import hopeless

@@ -27,7 +27,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "qat": "autocompress.ops.qat:Qat",
         "quantize": "autocompress.ops.quantize:Quantize",
         "store": "autocompress.ops.store:Store",
-        "route": "autocompress.ops.route:Route",
+        "route": "autocompress.ops.thresholds:Route",
         "distill": "autocompress.distill:Distill",
     },
     "searcher": {

@@ -13,7 +13,7 @@ import numpy as np
 from autocompress import export
 from autocompress.branches import set_thresholds, thresholds_of
 from autocompress.models.routing import NEVER
-from autocompress.ops.route import is_exit, routes_of
+from autocompress.ops.thresholds import is_exit, routes_of
 from autocompress.pipeline import timed
 from autocompress.tasks import Task
 from autocompress.types import Point, Reading, Receipt

@@ -34,7 +34,7 @@ from autocompress import export
 from autocompress.auto import TAUGHT
 from autocompress.branches import set_thresholds, thresholds_of
 from autocompress.models.routing import NEVER
-from autocompress.ops.route import routes_of
+from autocompress.ops.thresholds import routes_of
 from autocompress.parts import make_ops
 from autocompress.pipeline import Release, release, shape, timed, training
 from autocompress.types import Candidate, Policy, Reading, Rule

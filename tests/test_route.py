@@ -389,7 +389,7 @@ def test_a_policy_with_routes_goes_from_search_to_artifact_to_new_weights(parent
     applied = apply(folder, weights=weights, out=tmp_path / "next", max_drop=0.9, model=parent)
     again = json.loads((tmp_path / "next" / "policy.json").read_text())
     before = json.loads((folder / "policy.json").read_text())
-    heads = [[e for r in one["receipts"] for e in r["entries"] if "head" in e["facts"]] for one in (before, again)]
+    heads = [[e for r in one["receipts"] for e in r["entries"] if "exit" in e["facts"]] for one in (before, again)]
     assert heads[0] == heads[1]
     assert applied.certificate.certified
     assert len(json.loads((tmp_path / "next" / "manifest.json").read_text())["thresholds"]) == len(points)

@@ -93,7 +93,7 @@ def middle(block: np.ndarray | Sequence[float], *, fed: bool) -> float:
 
 
 def figures(runs: Runs) -> dict[str, Interval]:
-    """What single runs say: the fields `ms`, `baseline_ms`, `ratio`, `p95_ms` and `p99_ms` of their reading."""
+    """What single runs say: `ms`, `baseline_ms`, `ratio`, `p95_ms` and `p99_ms` of a reading; of real inputs `p50_ms`."""
     blocks = [np.asarray(part) for part in runs.model]
     middles = [
         [middle(part, fed=fed) for part in parts_]
@@ -105,6 +105,7 @@ def figures(runs: Runs) -> dict[str, Interval]:
         "ratio": quotient(*middles),
         "p95_ms": tail(blocks, 0.95),
         "p99_ms": tail(blocks, 0.99),
+        **({"p50_ms": tail(blocks, 0.5)} if runs.inputs else {}),
     }
 
 
