@@ -93,7 +93,7 @@ def middle(block: np.ndarray | Sequence[float], *, fed: bool) -> float:
 
 
 def figures(runs: Runs) -> dict[str, Interval]:
-    """What single runs say: `ms`, `baseline_ms`, `ratio`, `p95_ms` and `p99_ms` of a reading; of real inputs `p50_ms`."""
+    """`ms`, `baseline_ms`, `ratio`, `p95_ms` and `p99_ms` as single runs say them; of real inputs `p50_ms`, too."""
     blocks = [np.asarray(part) for part in runs.model]
     middles = [
         [middle(part, fed=fed) for part in parts_]
