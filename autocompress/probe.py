@@ -131,6 +131,7 @@ class Tried:
     best_gained: dict[str, float] = field(default_factory=dict)
     smaller: float | None = None  # share of the size
     used: tuple[latency.Used, ...] = ()
+    reach: tuple[str, ...] = ()  # layers outside of its own site that it changes
     failed: bool = False
     why: str = ""
 
@@ -221,12 +222,15 @@ class _Probe:
             one.failed, one.why = True, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
     def questions(self) -> list[Tried]:
-        """Choices that change the untrained network by themselves, those of the largest sites first, knobs last."""
+        """Choices that change the untrained network by themselves, knobs last.
+
+        Sites of one shape are asked the same question: of each such group an equal share is asked before any time is
+        up, so that nothing is known of few and something of all. Larger sites first.
+        """
         sites = self.facts.sites
-        macs = {
-            gene.name: sum(s.macs for s in sites if s.name == gene.site or s.name.startswith(f"{gene.site}."))
-            for gene in self.space.genes
-        }
+        inside = {gene.name: [s for s in sites if _inside(s.name, gene.site)] for gene in self.space.genes}
+        macs = {name: sum(s.macs for s in found) for name, found in inside.items()}
+        sizes = {name: sum(s.parameters for s in found) for name, found in inside.items()}
         neutral = sp.parent(self.space)
         found = [
             Tried(gene, choice, place)
@@ -235,7 +239,12 @@ class _Probe:
             for choice in gene.choices[1:]
             if genotype(self.space, {place: choice}) != neutral
         ]
-        return sorted(found, key=lambda one: (one.gene.kind == "arch", -macs[one.gene.name], one.place))
+        alike: dict[tuple[object, ...], list[Tried]] = {}
+        for one in found:
+            name = one.gene.name
+            alike.setdefault((one.gene.op, one.gene.param, one.choice, macs[name], sizes[name]), []).append(one)
+        turn = {id(one): n / len(group) for group in alike.values() for n, one in enumerate(group)}
+        return sorted(found, key=lambda one: (one.gene.kind == "arch", turn[id(one)], -macs[one.gene.name], one.place))
 
     def learns(self, op: str) -> bool:
         """Whether an op's parts begin at random, so that nothing is known of them before training."""
@@ -246,6 +255,10 @@ class _Probe:
     def shape(self, one: Tried) -> None:
         """Which layers it leaves: what decides its latency, and needs no fit."""
         one.used, one.why = self.network.shaped({one.place: one.choice})
+        if one.gene.kind == "policy":
+            one.reach = tuple(
+                name for name in _changed(self.network.used, one.used) if not _inside(name, one.gene.site)
+            )
 
     def predict(self, shaped: Sequence[Tried]) -> None:
         """What the changed layers gain, among floats and among integers."""
@@ -318,6 +331,7 @@ class _Probe:
             best_kl=_figure(one.best_kl),
             best_ms={name: _figure(share * scale[name]) or 0.0 for name, share in one.best_gained.items()},
             smaller=_figure(one.smaller),
+            reach=one.reach,
             kept=kept,
             why=why,
         )
@@ -339,6 +353,16 @@ class _Probe:
 
 def _weights(used: Sequence[latency.Used]) -> int:
     return sum({one.name: one.weights for one in used}.values())
+
+
+def _changed(before: Sequence[latency.Used], after: Sequence[latency.Used]) -> list[str]:
+    """Names of layers that are not there any more, or are other layers."""
+    left = {one.name: one for one in after}
+    return list(dict.fromkeys(one.name for one in before if left.get(one.name) != one))
+
+
+def _inside(name: str, site: str) -> bool:
+    return site == "." or f"{name}.".startswith(f"{site}.")
 
 
 def _figure(value: float | None) -> float | None:

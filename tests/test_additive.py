@@ -132,6 +132,25 @@ def test_what_the_probe_had_no_time_for_counts_as_its_like():
     assert 0 < model.costs(rows(space, [(0, 0, 1) * 4])).sum() < costs[0] * 4
 
 
+def test_a_cut_that_reaches_other_blocks_is_no_time_of_its_own_place():
+    space, facts = blocks(4)
+    stem = Gene(
+        name="prune@stem", kind="policy", choices=(0.0, 0.5), site="stem", op="prune", param="ratio",
+    )  # fmt: skip
+    space = space.model_copy(update={"genes": (stem, *space.genes)})
+    reach = tuple(f"stage.{i}.conv" for i in range(4))
+    wide = Probed(gene="prune@stem", choice=0.5, kl=0.1, ms={"d": 2.0}, best_ms={"d": 1.0}, reach=reach)
+    site = Site(name="stem", kind="conv", ops=("prune",), macs=10)
+    facts = facts.model_copy(update={"probe": (wide, *facts.probe), "sites": (site, *facts.sites)})
+    model = additive(space, facts)
+    assert model.devices[0].floats[model.places.index("stem")] < 0.05
+    everything = [(0, *(1, 0, 0) * 4), (1, *(0, 0, 0) * 4), (1, *(1, 0, 0) * 2, *(0, 0, 0) * 2)]
+    dropped, cut, both = model.ratios(rows(space, everything))[:, 0]
+    assert dropped < 0.1
+    assert cut == pytest.approx(0.5, abs=0.03)
+    assert both == pytest.approx(0.25, abs=0.04)  # of what is left, half
+
+
 def test_the_knapsack_walks_from_nothing_to_everything_and_spaces_its_drops():
     space, facts = blocks(8)
     front = Knapsack(additive(space, facts)).front(np.ones(1))

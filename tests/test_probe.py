@@ -26,7 +26,20 @@ from autocompress.probe import probe, reduced
 from autocompress.run import resume, run
 from autocompress.tasks import InputSpec
 from autocompress.tasks.digits import Digits
-from autocompress.types import Budget, Cost, Facts, Numeric, Policy, QualityLimit, Rule, TrialFailure, UserError
+from autocompress.types import (
+    Budget,
+    Cost,
+    Facts,
+    Gene,
+    Numeric,
+    Policy,
+    QualityLimit,
+    Rule,
+    Site,
+    Space,
+    TrialFailure,
+    UserError,
+)  # fmt: skip
 from tests import small_search
 
 
@@ -270,6 +283,33 @@ def test_what_never_pays_leaves_the_space(work, space, tmp_path, monkeypatch):
     (tmp_path / probing.FILE).write_text("{")
     with pytest.raises(TypeError):
         probe(work, space, facts(work), (), seconds=60, folder=tmp_path)
+
+
+def test_of_equal_sites_an_equal_share_is_asked_first(work, space):
+    names = [f"stage.{i}" for i in range(4)] + ["head"]
+    sites = tuple(Site(name=n, kind="conv", macs=9 if n == "head" else 5, parameters=3) for n in names)
+    genes = tuple(
+        Gene(name=f"prune@{n}", kind="policy", choices=(0.0, 0.5), site=n, op="prune", param="ratio") for n in names
+    )
+    asked = probing._Probe(
+        work, Space(name="s", genes=genes), Facts(sites=sites), 0.0, small=False, say=print, step=print
+    )
+    assert [one.gene.site for one in asked.questions()] == ["head", *names[:4]]
+    twice = tuple(g for gene in genes for g in (gene, gene.model_copy(update={"name": f"{gene.name}b", "param": "b"})))
+    asked.space = Space(name="s", genes=twice)
+    order = [one.gene.site for one in asked.questions()]
+    assert order[:4] == ["head", "head", "stage.0", "stage.0"]
+
+
+def test_what_a_choice_changes_elsewhere_is_told(work, space):
+    found = probe(work, space, facts(work), (), seconds=60)
+    layers = {s.name for s in work.builder.sites() if s.kind != "block"}
+    reaching = [one for one in found.probed if one.reach]
+    assert reaching, found.probed
+    for one in reaching:
+        site = next(gene.site for gene in space.genes if gene.name == one.gene)
+        assert all(not f"{name}.".startswith(f"{site}.") for name in one.reach)
+        assert set(one.reach) <= layers
 
 
 def test_without_time_nothing_leaves(work, space):

@@ -12,8 +12,9 @@ It steers, it is never a result.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ SIZE = "(size)"
 """Named like a device: the size of the file, whose parts add up as time does, without borders."""
 LEAST, MOST = 0.02, 3.0  # factors on a place's time are kept between these
 TYPICAL_INTEGERS = 0.45  # time of a place in integers, where nothing was measured, as a share
+NEAREST, NEAR = 9, 0.15  # so many places, and within so much of the logarithm of its time, tell a place's pace
 NEARLY_FREE = 0.1  # of a typical cut's divergence: what integers are taken to cost where nobody looked
 
 
@@ -114,7 +116,13 @@ def additive(space: Space, facts: Facts) -> Additive | None:
     named = {one.gene for one in facts.probe}
     recipe = tuple(i for i, gene in enumerate(space.genes) if gene.name not in named)
     places = _places(space, facts.sites)
-    at = tuple(_touched(gene, places) if i not in recipe else () for i, gene in enumerate(space.genes))
+    reach: dict[str, set[str]] = {}
+    for one in facts.probe:
+        reach.setdefault(one.gene, set()).update(one.reach)
+    at = tuple(
+        _touched(gene, places, reach.get(gene.name, ())) if i not in recipe else ()
+        for i, gene in enumerate(space.genes)
+    )
     group = np.zeros(len(cells), dtype=np.int64)
     for number, members in enumerate(groups(space)):
         group[[j for j, (i, _) in enumerate(cells) if i in members]] = number
@@ -123,8 +131,10 @@ def additive(space: Space, facts: Facts) -> Additive | None:
     for j, (i, c) in enumerate(cells):
         if (space.genes[i].op, space.genes[i].choices[c]) == ("quantize", "int8"):
             typed[j, list(at[i])] = 1.0
-    share = _shares(places, facts.sites)
-    table = _Table(space, cells, tuple(found), at, gone, typed, share)
+    table = _Table(
+        space, cells, tuple(found), at, gone, typed, _shares(places, facts.sites, "macs"),
+        _shares(places, facts.sites, "parameters"), _alike(places, facts.sites),
+    )  # fmt: skip
     devices = tuple(table.device(name, total[name]) for name in total)
     return Additive(space, places, at, recipe, _divergences(space, cells, found, recipe), group, gone, typed, devices)
 
@@ -155,21 +165,32 @@ def _places(space: Space, sites: Sequence[Site]) -> tuple[str, ...]:
     return tuple(sorted(depth, key=lambda path: (depth[path], path)))
 
 
-def _touched(gene: Gene, places: Sequence[str]) -> tuple[int, ...]:
-    """Places that a policy gene acts on; none for an architecture knob."""
+def _touched(gene: Gene, places: Sequence[str], reach: Iterable[str]) -> tuple[int, ...]:
+    """Places that a policy gene acts on, and those of layers that it reaches; none for an architecture knob."""
     if gene.kind == "arch":
         return ()
-    return tuple(u for u, path in enumerate(places) if _within(path, gene.site) or _within(gene.site, path))
+    paths = (gene.site, *reach)
+    return tuple(u for u, place in enumerate(places) if any(_within(place, p) or _within(p, place) for p in paths))
 
 
-def _shares(places: Sequence[str], sites: Sequence[Site]) -> Floats:
-    """Of the multiply-adds of all places; equal ones where nobody counted."""
-    macs = np.zeros(len(places))
+def _shares(places: Sequence[str], sites: Sequence[Site], what: Literal["macs", "parameters"]) -> Floats:
+    """Of the multiply-adds or weights of all places; equal ones where nobody counted."""
+    counts = np.zeros(len(places))
     for u, path in enumerate(places):
-        inside = [s.macs for s in sites if s.kind != "block" and _within(s.name, path)]
-        macs[u] = sum(inside) or sum(s.macs for s in sites if s.name == path)
-    macs = macs if macs.sum() > 0 else np.ones(len(places))
-    return macs / max(macs.sum(), 1e-12)
+        inside = [getattr(s, what) for s in sites if s.kind != "block" and _within(s.name, path)]
+        counts[u] = sum(inside) or sum(getattr(s, what) for s in sites if s.name == path)
+    counts = counts if counts.sum() > 0 else np.ones(len(places))
+    return counts / max(counts.sum(), 1e-12)
+
+
+def _alike(places: Sequence[str], sites: Sequence[Site]) -> NDArray[np.int64]:
+    """(places,) a number that places of equal layers share, whatever their sizes."""
+    kinds = [
+        tuple(sorted((s.kind, s.kernel) for s in sites if s.kind != "block" and _within(s.name, path)))
+        for path in places
+    ]
+    known = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    return np.array([known[kind] for kind in kinds], dtype=np.int64)
 
 
 def _gone(space: Space, cells: Sequence[tuple[int, int]], places: Sequence[str], at: Sequence[Sequence[int]]) -> Floats:
@@ -200,13 +221,16 @@ class _Table:
     at: Sequence[Sequence[int]]
     gone: Floats
     typed: Floats
-    share: Floats
+    macs: Floats  # (places,) shares
+    weights: Floats
+    alike: NDArray[np.int64]  # (places,) equal for equal layers
 
     def device(self, profile: str, total: float) -> Device:
         """One profile's times, as ratios to `total` milliseconds."""
-        alone = self.gains(profile, total, best=False)
-        best = self.gains(profile, total, best=True)
-        floats = self.times(alone)
+        share = self.weights if profile == SIZE else self.macs
+        alone = self.gains(profile, total, share, best=False)
+        best = self.gains(profile, total, share, best=True)
+        floats = self.times(alone, share)
         integers = self.integers(floats, alone, best)
         border = self.border(alone, best)
         rest = 0.0 if profile == SIZE else REST
@@ -227,7 +251,7 @@ class _Table:
             rest=rest,
         )
 
-    def gains(self, profile: str, total: float, *, best: bool) -> Floats:
+    def gains(self, profile: str, total: float, share: Floats, *, best: bool) -> Floats:
         """(columns,) share of the baseline's latency; where it was not tried that of its like, NaN if none was."""
         rows = [{} if one is None else _gained(one, best=best) for one in self.found]
         found = np.array([row.get(profile, np.nan) / total for row in rows], dtype=np.float64)
@@ -236,7 +260,7 @@ class _Table:
             gene = self.space.genes[i]
             if gene.kind == "policy" and gene.op != "quantize":
                 kinds.setdefault((gene.op, gene.param, gene.choices[c]), []).append(j)
-        touched = np.array([max(self.share[list(self.at[i])].sum(), 1e-9) for i, _ in self.cells])
+        touched = np.array([max(share[list(self.at[i])].sum(), 1e-9) for i, _ in self.cells])
         for members in kinds.values():
             tried = [j for j in members if not np.isnan(found[j])]
             rate = float(np.median(found[tried] / touched[tried])) if tried else np.nan
@@ -244,10 +268,10 @@ class _Table:
                 found[j] = rate * touched[j] if np.isnan(found[j]) else found[j]
         return found
 
-    def times(self, alone: Floats) -> Floats:
-        """(places,) in floats: what dropping it gains, else its multiply-adds; never less than what a choice gains."""
-        found = np.full(len(self.share), np.nan)
-        most = np.zeros(len(self.share))
+    def times(self, alone: Floats, share: Floats) -> Floats:
+        """(places,) in floats: what dropping it gains, else its `share`; never less than what a choice gains."""
+        found = np.full(len(share), np.nan)
+        most = np.zeros(len(share))
         for j, (i, _) in enumerate(self.cells):
             if self.space.genes[i].kind == "arch" or len(self.at[i]) != 1 or np.isnan(alone[j]):
                 continue
@@ -256,8 +280,8 @@ class _Table:
                 found[place] = alone[j]
             most[place] = max(most[place], alone[j])
         seen = ~np.isnan(found)
-        pace = found[seen].sum() / max(self.share[seen].sum(), 1e-9) if seen.any() else 1.0 - REST
-        return np.where(seen, np.maximum(found, most), np.maximum(pace * self.share, 1.05 * most))
+        pace = found[seen].sum() / max(share[seen].sum(), 1e-9) if seen.any() else 1.0 - REST
+        return np.where(seen, np.maximum(found, most), np.maximum(pace * share, 1.05 * most))
 
     def integers(self, floats: Floats, alone: Floats, best: Floats) -> Floats:
         """(places,) in integers: by what dropping gains there, and by what integers gained, alone and undone."""
@@ -278,10 +302,25 @@ class _Table:
                 inside = list(self.at[i])
                 for place in inside:
                     rates[place] = rates[place] or [1.0 - float(np.mean(told)) / floats[inside].sum()]
-        known = [float(np.mean(one)) for one in rates if one]
-        usual = float(np.median(known)) if known else TYPICAL_INTEGERS
-        found = np.array([float(np.mean(one)) if one else usual for one in rates])
-        return floats * np.clip(found, 0.1, MOST)
+        return floats * np.clip(
+            self.pooled(np.array([np.mean(one) if one else np.nan for one in rates]), floats), 0.1, MOST
+        )
+
+    def pooled(self, rates: Floats, times: Floats) -> Floats:
+        """(places,) rates with less noise: a place's own beside the median of NEAREST places of the same layers."""
+        known = np.flatnonzero(~np.isnan(rates))
+        usual = float(np.median(rates[known])) if len(known) else TYPICAL_INTEGERS
+        found = np.full(len(rates), usual)
+        logs = np.log(np.maximum(times, 1e-9))
+        for place in range(len(rates)):
+            like = known[self.alike[known] == self.alike[place]]
+            if len(like):
+                away = np.abs(logs[like] - logs[place])
+                near = like[np.argsort(away, kind="stable")[:NEAREST]]
+                near = near[np.abs(logs[near] - logs[place]) <= max(NEAR, away.min())]
+                others = float(np.median(rates[near]))
+                found[place] = others if np.isnan(rates[place]) else (others + rates[place]) / 2
+        return found
 
     def border(self, alone: Floats, best: Floats) -> float:
         """What a change of number type costs: alone an integer place has two, undone among integers it saves two."""
