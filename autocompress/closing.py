@@ -19,7 +19,7 @@ from autocompress.controller import Controller
 from autocompress.types import Assignment, Goal, Limit, Outcome, Quality, State, Trial, TrialFailure
 
 COUNT = 3  # of the first round, for each goal, at least
-FIRST = 0.35  # of the time, for the first round
+FIRST = 0.25  # of the time, for the first round
 PAYS = 0.6  # of a core's worth, that each further thread must bring
 MARK_S = 300.0  # a checkpoint at least so often
 SLACK = 0.92  # of the time is planned: quality, files and readings take some
