@@ -222,10 +222,10 @@ class _Probe:
             one.failed, one.why = True, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
     def questions(self) -> list[Tried]:
-        """Choices that change the untrained network by themselves, knobs last.
+        """Choices that change the untrained network by themselves.
 
         Sites of one shape are asked the same question: of each such group an equal share is asked before any time is
-        up, so that nothing is known of few and something of all. Larger sites first.
+        up, so that nothing is known of few and something of all; so of the choices of a knob. Larger sites first.
         """
         sites = self.facts.sites
         inside = {gene.name: [s for s in sites if _inside(s.name, gene.site)] for gene in self.space.genes}
@@ -242,9 +242,10 @@ class _Probe:
         alike: dict[tuple[object, ...], list[Tried]] = {}
         for one in found:
             name = one.gene.name
-            alike.setdefault((one.gene.op, one.gene.param, one.choice, macs[name], sizes[name]), []).append(one)
+            kind = (one.gene.op, one.gene.param, one.choice, macs[name], sizes[name])
+            alike.setdefault((name,) if one.gene.kind == "arch" else kind, []).append(one)
         turn = {id(one): n / len(group) for group in alike.values() for n, one in enumerate(group)}
-        return sorted(found, key=lambda one: (one.gene.kind == "arch", turn[id(one)], -macs[one.gene.name], one.place))
+        return sorted(found, key=lambda one: (turn[id(one)], one.gene.kind != "arch", -macs[one.gene.name], one.place))
 
     def learns(self, op: str) -> bool:
         """Whether an op's parts begin at random, so that nothing is known of them before training."""

@@ -299,6 +299,9 @@ def test_of_equal_sites_an_equal_share_is_asked_first(work, space):
     asked.space = Space(name="s", genes=twice)
     order = [one.gene.site for one in asked.questions()]
     assert order[:4] == ["head", "head", "stage.0", "stage.0"]
+    knob = Gene(name="depth", kind="arch", choices=(4, 3, 2))
+    asked.space = Space(name="s", genes=(*genes, knob))
+    assert asked.questions()[0].gene.name == "depth"
 
 
 def test_what_a_choice_changes_elsewhere_is_told(work, space):
