@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from random import Random
 
 import numpy as np
 
 from autocompress import space as sp
 from autocompress.searchers.additive import SIZE, Additive, Floats, additive, groups, rows
-from autocompress.searchers.knapsack import Knapsack, thinned
+from autocompress.searchers.knapsack import CLUMPED, Knapsack, thinned
 from autocompress.surrogate import ceiling
 from autocompress.types import Facts, Genotype, Goal, Reading, Space
 
@@ -34,7 +35,8 @@ BEYOND = 4.0  # times a budget's speedup up to which the first candidates go
 SCALED = 0.7  # spread of the logarithm of an op's factor
 SPARED = 10.0  # factor on the divergence of ops that are to stay away
 VIEWS = 8  # at most, of fronts with other factors
-EVEN = (1 / 3, 1 / 2, 2 / 3, 3 / 4, 5 / 6, 1.0)  # shares of the blocks dropped
+DEPTHS = 600  # combinations of the stages' depths, at most about so many
+NEAR = (1.2, 1.1, 1.0)
 SMALL = (0.0, 0.25, 0.5, 0.75)  # of what latency and size count, the latter's shares, where a budget bounds it
 
 
@@ -98,7 +100,8 @@ def fed(model: Additive, facts: Facts, goals: Sequence[Goal], count: int, rng: R
     for goal in goals:
         asked = Asked.of(model, goal, facts)
         own = asked.ordered([g for mix in asked.mixes for g in knapsack.front(mix)], count)
-        even = asked.ordered(list(evenly(space)), max(2, count // 6))
+        some = list(dict.fromkeys(evenly(space)))
+        even = dict.fromkeys((*asked.gentlest(some), *asked.ordered(some, max(2, count // 6))))
         both = iter(own)
         queues += [both, iter(even), both, _scaled(knapsack, asked, count, rng)]
     found = [integers(space)]
@@ -143,6 +146,17 @@ class Asked:
             return latency
         sizes = known[:, [device.profile for device in self.model.devices].index(SIZE)]
         return np.maximum(latency, sizes * self.most / self.small)
+
+    def gentlest(self, found: Sequence[Genotype]) -> Iterator[Genotype]:
+        """Those of least divergence within NEAR of the bounds.
+
+        What turns out to be too slow is known in seconds, what was cut too deeply only after its training.
+        """
+        for near in NEAR if found else ():
+            able = [g for g, ratio in zip(found, self.ratios(found), strict=True) if ratio <= near * self.most]
+            if able:
+                encoded = rows(self.model.space, able)
+                yield able[int((self.model.costs(encoded).sum(axis=1) + clumps(self.model, encoded)).argmin())]
 
     def ordered(self, found: Sequence[Genotype], count: int, weights: Floats | None = None) -> list[Genotype]:
         """From a little above the bounds to far below, evenly in latency, in an order that spans the range early.
@@ -215,18 +229,34 @@ def _reversed_bits(i: int, count: int) -> tuple[float, int]:
 
 
 def evenly(space: Space) -> Iterator[Genotype]:
-    """Every so many blocks of each stage dropped, what is left in integers."""
+    """So many blocks of each stage dropped, evenly spread over it, in all combinations; what is left in integers."""
     stages: dict[str, list[int]] = {}
     for i, gene in enumerate(space.genes):
         if gene.op == "block" and "drop" in gene.choices:
             stages.setdefault(gene.site.rpartition(".")[0], []).append(i)
-    for share in EVEN if stages else ():
-        values = list(integers(space))
-        for members in stages.values():
+    levels = max(2, int(DEPTHS ** (1 / max(len(stages), 1))))
+    counts = [
+        sorted({round(len(members) * level / (levels - 1)) for level in range(levels)}) for members in stages.values()
+    ]
+    plain = integers(space)
+    for dropped in product(*counts) if stages else ():
+        values = list(plain)
+        for many, members in zip(dropped, stages.values(), strict=True):
             for place, i in enumerate(members):
-                if int((place + 1) * share + 1e-9) > int(place * share + 1e-9):
+                if (place + 1) * many // len(members) > place * many // len(members):
                     values[i] = space.genes[i].choices.index("drop")
-        yield sp.canonical(space, tuple(values))
+        if any(dropped):
+            yield sp.canonical(space, tuple(values))
+
+
+def clumps(model: Additive, encoded: Floats) -> Floats:
+    """(n,) nats more than the sum of single drops: one behind so many dropped ones costs CLUMPED of itself for each."""
+    each = (encoded * model.divergence) @ model.gone  # (n, places)
+    found, run = np.zeros(len(encoded)), np.zeros(len(encoded))
+    for place in range(each.shape[1]):
+        found += CLUMPED * run * each[:, place]
+        run = np.where(each[:, place] > 0, run + 1.0, 0.0)
+    return found
 
 
 def trained(model: Additive, g: Genotype, turn: int) -> Genotype:
