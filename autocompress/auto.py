@@ -25,6 +25,7 @@ RATIOS = (0.25, 0.5, 0.75)
 RANKS = (0.5, 0.25)
 RANK_LIMIT = "rank_limit "  # what a profile's `measured` calls the share of the rank below which low rank pays
 BLOCKS = ("merge", "drop")
+CASCADES: Choices = (1.0, 0.5, 0.34)
 EXITS = (0.35, 0.5, 0.65)  # of the depth, behind which exits are offered
 GATED = 6  # blocks with a gate, at most
 REPLACEMENTS = ("separable", "shuffle", "bottleneck", "smaller")
@@ -196,7 +197,7 @@ def _blocks(sites: Iterable[Site]) -> Iterable[Gene]:
 
 
 def _routes(sites: Sequence[Site], blocks: Mapping[str, Gene]) -> Iterable[Gene]:
-    """Exits behind the blocks nearest to EXITS of the depth, gates around every GATED-th of the others.
+    """A cascade; or exits behind the blocks nearest to EXITS of the depth, gates around every GATED-th of the others.
 
     An exit stays where its block is dropped: it then lies behind the block before.
     """
@@ -204,14 +205,17 @@ def _routes(sites: Sequence[Site], blocks: Mapping[str, Gene]) -> Iterable[Gene]
     outer = [one for one in outer if not any(one.name.startswith(f"{other.name}.") for other in outer)]
     if not outer:
         return
+    cascade = _gene("cascade", "keep", ".", CASCADES)
+    yield cascade
+    alone: dict[str, Choices] = {cascade.name: CASCADES[:1]}  # a cascade's copy has no exits of its own
     leaving = {min(outer, key=lambda site: abs(site.depth - depth)).name for depth in EXITS}
     for site in outer:
         if site.name in leaving:
-            yield _gene("exit", "head", site.name, ("none", "linear", "conv"))
+            yield _gene("exit", "head", site.name, ("none", "linear", "conv"), dict(alone))
     inner = [site for site in outer if site.name not in leaving]
     for site in inner[:: max(1, math.ceil(len(inner) / GATED))]:
         keeps: dict[str, Choices] = {blocks[site.name].name: ("keep",)} if site.name in blocks else {}
-        yield _gene("skip", "rate", site.name, (1.0, 0.6, 0.3), keeps)
+        yield _gene("skip", "rate", site.name, (1.0, 0.6, 0.3), {**alone, **keeps})
 
 
 def _gene(op: str, param: str, site: str, choices: Choices, when: dict[str, Choices] | None = None) -> Gene:

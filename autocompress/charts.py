@@ -6,7 +6,7 @@ Own SVG rather than plotly: a hundredth of its inlined script, it prints, and it
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autocompress import pareto
@@ -112,6 +112,7 @@ class Mark:
     left: bool = False  # label on the left side
     whiskers: tuple[float, float, float, float] | None = None  # x low, x high, y low, y high
     up: float = -9.0  # pixels from the mark down to its label
+    decides: bool = False  # by its input, how much it computes
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class Panel:
     y_ticks: tuple[Tick, ...]
     marks: tuple[Mark, ...]
     front: str  # points of a polyline
+    plain: str  # the same without the files that decide by their input
+    decides: bool  # whether there are such files
     limits: tuple[Line, ...]
     floor: Line | None
     feasible: tuple[float, float, float, float] | None  # x, y, width, height
@@ -160,7 +163,9 @@ def panel(
     profile = budget.profile
     width, height, left, right, top, bottom = 560, 390, 56.0, 544.0, 46.0, 340.0
     seen = [trial for trial in trials if trial.number > 0 and profile in trial.outcome.readings]
-    on_front = pareto.front([trial for trial in seen if trial.number > 0], goal, limit)
+    on_front = pareto.front(seen, goal, limit)
+    deciding = {trial.number for trial in seen if trial.outcome.readings[profile].inputs}
+    plain = pareto.front([trial for trial in seen if trial.number not in deciding], goal, limit) if deciding else []
     base_ms = baseline.ms.value
     arms = {name: arm.devices[profile] for name, arm in (controls or {}).items() if profile in arm.devices}
     allowed = [ms for ms, _ in _bounds(budget, base_ms, baseline.batch)]
@@ -184,7 +189,8 @@ def panel(
         if found.selection is not None:
             head = f"#{winner.number}, {'certified' if winner.certified else 'not certified'} for {winner.goal}"
             marks.append(_special(found, x, y, "winner", head, limit.metric, winner.number, times(found.speedup.value)))
-    steps = [f"{mark.x},{mark.y}" for mark in sorted((m for m in marks if m.kind == "front"), key=lambda m: m.x)]
+    marks = [replace(mark, decides=mark.number in deciding) for mark in marks]
+    without = {trial.number for trial in plain}
     lines = [Line(x(ms), label) for ms, label in _bounds(budget, base_ms, baseline.batch)]
     floor_in = y.low <= limit.floor <= y.high
     edge = min((line.at for line in lines), default=right)
@@ -202,7 +208,9 @@ def panel(
         top_ticks=tuple(Tick(x(base_ms / v), f"{v:g}{TIMES}") for v in log_ticks(base_ms / x.high, base_ms / x.low)),
         y_ticks=tuple(Tick(y(v), f"{v:.4g}") for v in ticks(y.low, y.high, 6)),
         marks=tuple(_readable(marks)),
-        front=" ".join(steps),
+        front=_line(mark for mark in marks if mark.kind == "front"),
+        decides=bool(deciding),
+        plain=_line(mark for mark in marks if mark.number in without and mark.kind in ("front", "done", "stopped")),
         limits=tuple(lines),
         floor=Line(floor_y, f"{limit.metric} floor {limit.floor:.4g}") if floor_in else None,
         feasible=(left, top, round(edge - left, 1), round(floor_y - top, 1)),
@@ -210,6 +218,11 @@ def panel(
         f"{sum(m.kind in ('stopped', 'below') for m in marks)} below or stopped, "
         f"{sum(m.kind == 'infeasible' for m in marks)} too slow to train{_undrawn(budget)}",
     )
+
+
+def _line(marks: Iterable[Mark]) -> str:
+    """Points of a polyline, from left to right."""
+    return " ".join(f"{mark.x},{mark.y}" for mark in sorted(marks, key=lambda mark: mark.x))
 
 
 def _readable(marks: Sequence[Mark]) -> list[Mark]:

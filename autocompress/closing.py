@@ -20,7 +20,7 @@ from autocompress.types import Assignment, Goal, Limit, Outcome, Quality, State,
 
 COUNT = 3  # of the first round, for each goal, at least
 FIRST = 0.25  # of the time, for the first round
-PAYS = 0.6  # of a core's worth, that each further thread must bring
+PAYS = 0.25  # of a core's worth, that each further thread must bring: what counts is how far the best one gets
 MARK_S = 300.0  # a checkpoint at least so often
 SLACK = 0.92  # of the time is planned: quality, files and readings take some
 WORTH = 0.1  # of the kept time: with less left there is no further round

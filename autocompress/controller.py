@@ -8,12 +8,13 @@ and `finals`: from there on the named trials alone go on, to the named rungs.
 
 from __future__ import annotations
 
+import functools
 import math
 import queue
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from pydantic import ValidationError
 
@@ -41,6 +42,7 @@ from autocompress.types import (
     UserError,
 )
 
+P, R = ParamSpec("P"), TypeVar("R")
 RETRIES = 2
 COST = "cost"  # an event of number 0: the cost was changed on resuming
 AWAY, BACK = "away", "back"  # events of number 0: a device does not answer, or does again
@@ -89,6 +91,24 @@ class Evaluator(Protocol):
         ...
 
 
+def _engine(method: Callable[Concatenate[Controller, P], R]) -> Callable[Concatenate[Controller, P], R]:
+    """The method, whose time counts as the engine's."""
+
+    @functools.wraps(method)
+    def timed(self: Controller, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self._deciding:  # called by another that counts
+            return method(self, *args, **kwargs)
+        began = time.perf_counter()
+        self._deciding = True
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self._deciding = False
+            self.engine += time.perf_counter() - began
+
+    return timed
+
+
 class Controller:
     """Which trial next, does it go on, what came out. One thread calls it; `stop` and `post` may be called from any."""
 
@@ -125,6 +145,8 @@ class Controller:
         self._clock = clock
         self._before = 0.0  # seconds spent before this process
         self._started = clock()
+        self.engine = 0.0  # seconds that this process took to decide and to write, searcher included
+        self._deciding = False
 
     @classmethod
     def begin(
@@ -209,6 +231,7 @@ class Controller:
             self._trials[0] = trial
             self.searcher.tell(trial)
 
+    @_engine
     def ask(self) -> Assignment | None:
         """What to run next: lost trials first, then promotions, then the searcher's; None when there is nothing now."""
         self.settle()
@@ -236,6 +259,7 @@ class Controller:
             Trial(number=number, genotype=genotype, state=State.RUNNING, attempt=0, note=proposal.note), "new"
         )
 
+    @_engine
     def rung(self, number: int, outcome: Outcome) -> bool:
         """A trial has reached its next rung. True: it goes on; False: it is stopped, which has been told already."""
         trial = self._in_flight(number)
@@ -255,6 +279,7 @@ class Controller:
         self._close(trial.model_copy(update={"state": State.STOPPED}))
         return False
 
+    @_engine
     def tell(self, number: int, state: State, outcome: Outcome) -> None:
         """A trial has ended as DONE, INFEASIBLE or FAILED."""
         trial = self._in_flight(number)

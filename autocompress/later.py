@@ -12,8 +12,8 @@ from typing import Protocol
 
 from autocompress.controller import Controller
 from autocompress.devices import Unreachable
+from autocompress.evaluator import LATER, Files, firm, missed
 from autocompress.export import graph_hash
-from autocompress.pipeline import LATER, Files, firm, missed
 from autocompress.types import Budget, Reading, State, Trial, TrialFailure, UserError
 
 LOOK_S = 1.0  # between looks at a device

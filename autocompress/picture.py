@@ -38,7 +38,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of neighbouring layers with a common prefix; of blocks, one that was dropped or merged."""
+    """A run of neighbouring layers with a common prefix; of blocks, one that was dropped, merged or has a gate."""
 
     x: float
     width: float
@@ -57,6 +57,7 @@ class Network:
     layers: tuple[Layer, ...]
     stages: tuple[Stage, ...]
     blocks: tuple[Stage, ...]
+    exits: tuple[Stage, ...]  # behind which layers samples may leave, and how many do
     knobs: str
     dropped: int
     int8: int
@@ -108,6 +109,7 @@ def network(policy: PolicyFile, shapes: Mapping[str, Sequence[int]]) -> Network:
         layers=tuple(layers),
         stages=tuple(_stages(prefixes, layers, bar, gap)),
         blocks=tuple(_blocks(policy, sites, layers, skipped, bar)),
+        exits=tuple(_exits(policy, sites, layers, bar)),
         knobs=describe(Candidate(arch=policy.arch, policy=policy.policy), policy.parent_arch),
         dropped=len(layers) - len(alive),
         int8=sum(layer.bits == "int8" for layer in alive),
@@ -217,13 +219,35 @@ def _channels(
 def _blocks(
     policy: PolicyFile, sites: Sequence[Site], layers: Sequence[Layer], skipped: set[tuple[str, str]], bar: float
 ) -> Iterable[Stage]:
-    """Blocks that were dropped or merged, as far as their layers reach."""
+    """Blocks that were dropped or merged or have a gate, as far as their layers reach."""
     words = {"drop": "dropped", "merge": "merged"}
-    for rule in policy.policy.rules:
-        inside = [layer for site, layer in zip(sites, layers, strict=True) if site.name.startswith(rule.site + ".")]
-        said = words.get(str(rule.settings.get("kind")), "")
-        if rule.op == "block" and said and inside and ("block", rule.site) not in skipped:
+    told = {("block", rule.site): words.get(str(rule.settings.get("kind")), "") for rule in policy.policy.rules}
+    told |= {(op, site): f"{100 * share:.0f} % run" for op, site, share in _routes(policy) if op == "gate"}
+    for (op, name), said in told.items():
+        inside = [layer for site, layer in zip(sites, layers, strict=True) if site.name.startswith(name + ".")]
+        if said and inside and (op, name) not in skipped:
             yield Stage(inside[0].x, round(inside[-1].x + bar - inside[0].x, 1), said)
+
+
+def _exits(policy: PolicyFile, sites: Sequence[Site], layers: Sequence[Layer], bar: float) -> Iterable[Stage]:
+    """Exits, behind the last layer of their block."""
+    for op, name, share in _routes(policy):
+        inside = [
+            layer
+            for site, layer in zip(sites, layers, strict=True)
+            if site.name == name or site.name.startswith(name + ".")
+        ]
+        if op == "exit" and inside:
+            yield Stage(round(inside[-1].x + 1.2 * bar, 1), 0.0, f"{100 * share:.0f} % leave")
+
+
+def _routes(policy: PolicyFile) -> Iterable[tuple[str, str, float]]:
+    """Kind (exit or gate), block and share of the samples of each decision, by the first variant's receipts."""
+    for receipt in next(iter(policy.numeric.values()), ()):
+        for entry in receipt.entries if receipt.op == "route" else ():
+            if "threshold" in entry.facts:
+                site, _, kind = entry.site.rpartition(".")
+                yield kind, site, float(entry.achieved.get("share", 0.0))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -22,6 +22,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "skip": "autocompress.ops.route:Skip",
         "branch": "autocompress.ops.route:Branch",
         "prune": "autocompress.ops.prune:Prune",
+        "cascade": "autocompress.ops.cascade:Cascade",
         "lowrank": "autocompress.ops.lowrank:LowRank",
         "sparsify": "autocompress.ops.sparsify:Sparsify",
         "qat": "autocompress.ops.qat:Qat",

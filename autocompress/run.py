@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from autocompress import (
@@ -40,6 +41,7 @@ from autocompress.devices.cores import CorePlan, keep_to, plan_cores
 from autocompress.devices.gate import Gate
 from autocompress.devices.station import Station
 from autocompress.elastic import train as train_shared
+from autocompress.evaluator import Checkpoint, Evaluator, Files, Measure, Weigh, missed
 from autocompress.export import EXPORTERS, Exporter
 from autocompress.finals import FINALISTS, Finals
 from autocompress.journal import Event, Journal, began
@@ -56,20 +58,8 @@ from autocompress.parent import (
     strangers,
 )
 from autocompress.parts import Parts, make_ops, make_searcher, parts
-from autocompress.pipeline import (
-    Checkpoint,
-    Evaluator,
-    Files,
-    Measure,
-    OpenGate,
-    Weigh,
-    Work,
-    frozen,
-    load_weights,
-    missed,
-    weights_of,
-)
 from autocompress.pipeline import Gate as WorkGate
+from autocompress.pipeline import OpenGate, Work, frozen, load_weights, weights_of
 from autocompress.probe import probe as try_choices
 from autocompress.searchers import Keeper
 from autocompress.store import Store, make_folder, write_atomic
@@ -393,6 +383,8 @@ class _Run:
             weighed = tuple(one.profile for one in self.parts.budgets if one.memory_mb is not None)
             station = functools.partial(Station, plan=plan, baseline=path, baseline_key=key, weighed=weighed)
             with ExitStack() as held:
+                # matrices of a few hundred trials: threads only wait for each other, and take the trainers' cores
+                held.enter_context(threadpool_limits(1, user_api="blas"))
                 session = self.session(store, plan)
                 if any(profile.device == "ray" for profile in self.parts.profiles):
                     self.live.stage("starting Ray")
@@ -733,7 +725,8 @@ class _Run:
             searcher=self.parts.job.search.searcher,
             seed=self.parts.job.search.seed,
             minutes=controller.elapsed / 60,
-            seconds={name: round(value, 3) for name, value in self.seconds.items() if name != "search"},
+            seconds={name: round(value, 3) for name, value in self.seconds.items() if name != "search"}
+            | {"engine": controller.engine},
             job=self.parts.job.model_dump(mode="json"),
             rungs=[step.agreement for step in ranks.corrections(controller.reached)],
         )

@@ -12,31 +12,33 @@ import numpy as np
 
 from autocompress import export
 from autocompress.branches import set_thresholds, thresholds_of
-from autocompress.models.routing import NEVER
 from autocompress.ops.thresholds import is_exit, routes_of
 from autocompress.pipeline import timed
 from autocompress.tasks import Task
 from autocompress.types import Point, Reading, Receipt
 
+SAME = 1e-6
 WANTED = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the samples that leave early
 
 
-def levels(receipts: Sequence[Receipt]) -> dict[float, Mapping[str, float]]:
+def settings(receipts: Sequence[Receipt]) -> list[tuple[dict[str, float], dict[str, float]]]:
     """Thresholds worth a look, and the shares that leave by each exit: WANTED in all, never, and the file's own."""
     entries = list(routes_of(receipts))
     curve = next((entry.facts["curve"] for entry in entries if "curve" in entry.facts), ())
-    if not curve:
-        return {}
-    left = np.array([sum(share for route, share in one["shares"].items() if is_exit(route)) for one in curve])
-    picked = {int(np.abs(left - share).argmin()) for share in WANTED}
-    found = {float(curve[i]["threshold"]): curve[i]["shares"] for i in sorted(picked)}
-    for entry in entries:
-        if is_exit(entry.site):
-            near = min(curve, key=lambda one: abs(one["threshold"] - entry.facts["threshold"]))
-            found[float(entry.facts["threshold"])] = near["shares"]
-            break
-    found[NEVER] = curve[-1]["shares"]
-    return {level: {r: s for r, s in shares.items() if is_exit(r)} for level, shares in sorted(found.items())}
+    own = {entry.site: float(entry.facts["threshold"]) for entry in entries if is_exit(entry.site)}
+    if not curve or not own:
+        return []
+    shipped = {entry.site: entry.achieved.get("share", 0.0) for entry in entries if is_exit(entry.site)}
+    left = np.array([sum(one["shares"][route] for route in own) for one in curve])
+    picked = sorted({len(curve) - 1, *(int(np.abs(left - share).argmin()) for share in WANTED)})
+    found = [(curve[i]["thresholds"], {route: curve[i]["shares"][route] for route in own}) for i in picked]
+    if all(_apart(thresholds, own) for thresholds, _ in found):
+        found.append((own, shipped))
+    return sorted(found, key=lambda one: -sum(one[1].values()))
+
+
+def _apart(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    return any(abs(one[route] - value) > SAME for route, value in other.items())
 
 
 def measured(
@@ -49,14 +51,14 @@ def measured(
     """The curve of a file that decides; empty for any other. `measure` times a file on a profile."""
     own = {route: value for route, value in thresholds_of(model).items() if is_exit(route)}
     found: list[Point] = []
-    for level, shares in levels(receipts).items() if own else ():
-        file = set_thresholds(model, dict.fromkeys(own, level))
+    for thresholds, shares in settings(receipts) if own else ():
+        file = set_thresholds(model, thresholds)
         found.append(
             Point(
-                threshold=level,
-                shipped=all(abs(value - level) < 1e-6 for value in own.values()),
+                thresholds=thresholds,
+                shipped=not _apart(thresholds, own),
                 quality=task.quality(export.predictor(file), "selection"),
-                shares=dict(shares),
+                shares=shares,
                 readings={name: measure(name, timed(task, file)) for name in profiles},
             )
         )

@@ -148,7 +148,8 @@ class Training:
         """`cycles`: shares of the training at which the learning rate has come down to nothing, to begin anew.
 
         What is judged there is judged at rest (SGDR, Loshchilov and Hutter 2017), not in the middle of a descent.
-        `gentle`: the share of the rate for all but what routes have hung on the network, which begins at random.
+        `gentle`: the share of the rate for all but what routes have hung on the network, which begins at random; with
+        0 the network rests: it only answers, in evaluation mode.
         Raises UserError for a distillation weight without a teacher.
         """
         if weight > 0 and teacher is None:
@@ -177,7 +178,8 @@ class Training:
         self.began = 0  # step at which the cycle began
         # scales and biases are not decayed (He et al. 2019, "Bag of tricks", section 3.1)
         groups: list[dict[str, Any]] = []
-        for fresh, share in ((False, gentle), (True, 1.0)):
+        self.rests = gentle == 0
+        for fresh, share in ((False, gentle), (True, 1.0))[self.rests :]:
             for wide in (True, False):
                 found = [p for name, p in self._learning() if is_hung(name) == fresh and (p.ndim > 1) == wide]
                 if found:
@@ -193,7 +195,7 @@ class Training:
         target, began, first = round(fidelity * self.total), time.perf_counter(), self.step
         losses, images = 0.0, 0
         self.module.train()
-        with torch.random.fork_rng(devices=[]), self._taught(target):
+        with torch.random.fork_rng(devices=[]), self._taught(target), self._resting():
             while self.step < target:
                 for inputs, targets in self._rest_of_epoch():
                     self.pause()
@@ -214,6 +216,24 @@ class Training:
             "images": float(images),
             "seconds": time.perf_counter() - began,
         }
+
+    @contextmanager
+    def _resting(self) -> Iterator[None]:
+        """The network itself in evaluation mode and without gradients, if it rests; what hangs on it learns."""
+        if not self.rests:
+            yield
+            return
+        still_ = [p for name, p in self.module.named_parameters() if not is_hung(name) and p.requires_grad]
+        for name, part in self.module.named_modules():
+            if name and not is_hung(f"{name}.weight"):
+                part.training = False
+        for parameter in still_:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in still_:
+                parameter.requires_grad_(True)
 
     def _rest_of_epoch(self) -> Iterator[tuple[Any, Any]]:
         epoch, done = divmod(self.step, self.steps_per_epoch)

@@ -272,9 +272,9 @@ class Quality(Record):
 
 
 class Point(Record):
-    """One threshold for all exits of a file."""
+    """One setting of a file's exits."""
 
-    threshold: float
+    thresholds: dict[str, float]  # by exit; 0 always leaves, above 1 never
     shipped: bool = False  # the file's own
     quality: Quality  # on the selection split
     shares: dict[str, float]  # of the samples that leave by each exit, on the split that thresholds were tuned on

@@ -9,7 +9,7 @@ import pytest
 
 from autocompress import space as sp
 from autocompress.registry import resolve
-from autocompress.searchers.additive import SIZE, additive, rows
+from autocompress.searchers.additive import REST, SIZE, additive, rows
 from autocompress.searchers.design import bound, device_shares, evenly, first, integers, spread
 from autocompress.searchers.knapsack import Knapsack
 from autocompress.searchers.outlook import Beliefs
@@ -108,12 +108,12 @@ def test_ops_at_one_place_shrink_what_is_left_and_a_dropped_block_leaves_nothing
         return float(model.ratios(rows(space, [sp.canonical(space, tuple(values))]))[0, 0])
 
     pruned, both, dropped = ratio(prune=1), ratio(prune=1, bits=1), ratio(block=1)
-    assert pruned == pytest.approx(1 - 0.97 * 0.4 / 4)
-    assert both > pruned - 0.97 * 0.5 / 4  # not the sum of both gains
-    assert ratio(block=1, prune=1, bits=1) == dropped == pytest.approx(1 - 0.97 / 4)
+    assert pruned == pytest.approx(1 - (1 - REST) * 0.4 / 4)
+    assert both > pruned - (1 - REST) * 0.5 / 4  # not the sum of both gains
+    assert ratio(block=1, prune=1, bits=1) == dropped == pytest.approx(1 - (1 - REST) / 4)
     integers_everywhere = [0, 0, 1] * 4
     whole = float(model.ratios(rows(space, [tuple(integers_everywhere)]))[0, 0])
-    assert whole == pytest.approx(0.03 + 0.97 * 0.5 + model.devices[0].border, abs=0.01)
+    assert whole == pytest.approx(REST + (1 - REST) * 0.5 + model.devices[0].border, abs=0.01)
 
 
 def test_what_the_probe_had_no_time_for_counts_as_its_like():
@@ -128,7 +128,7 @@ def test_what_the_probe_had_no_time_for_counts_as_its_like():
     assert costs[0] == pytest.approx(costs[1])
     # integers were not tried at all: what dropping gains among them says what they take
     whole = float(model.ratios(rows(space, [(0, 0, 1) * 4]))[0, 0])
-    assert whole == pytest.approx(0.03 + 0.97 * 0.5, abs=0.01)
+    assert whole == pytest.approx(REST + (1 - REST) * 0.5, abs=0.01)
     assert 0 < model.costs(rows(space, [(0, 0, 1) * 4])).sum() < costs[0] * 4
 
 

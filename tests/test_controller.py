@@ -140,6 +140,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     controller = whole_run(path)
     assert controller.finished
+    assert 0.0 < controller.engine <= controller.elapsed  # asks within tells count once
     assert [t.number for t in controller.trials] == list(range(1, 15))
     assert all(t.state.ended for t in controller.trials)
     states = {t.state for t in controller.trials}

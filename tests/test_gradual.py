@@ -19,6 +19,7 @@ from torch import nn
 
 from autocompress import artifact, journal, reuse
 from autocompress.controller import trial_seed
+from autocompress.evaluator import Evaluator
 from autocompress.models.attention import unfold
 from autocompress.models.convnet import ConvNet
 from autocompress.models.coupling import Coupling
@@ -29,7 +30,6 @@ from autocompress.ops import TrainOp, gradual
 from autocompress.ops.prune import Prune
 from autocompress.parts import make_ops, parts
 from autocompress.pipeline import (
-    Evaluator,
     Shaped,
     Work,
     load_weights,

@@ -5,23 +5,13 @@ import pytest
 import torch
 
 from autocompress import export
+from autocompress.evaluator import Checkpoint, Evaluator, at_best
 from autocompress.models.convnet import ConvNet
 from autocompress.ops.lowrank import LowRank
 from autocompress.ops.prune import Prune
 from autocompress.ops.quantize import Quantize
 from autocompress.parts import make_ops
-from autocompress.pipeline import (
-    Checkpoint,
-    Evaluator,
-    Work,
-    at_best,
-    load_weights,
-    ordered,
-    release,
-    rerelease,
-    reshape,
-    shape,
-)
+from autocompress.pipeline import Work, load_weights, ordered, release, rerelease, reshape, shape
 from autocompress.store import Store
 from autocompress.tasks.digits import Digits
 from autocompress.train import Training

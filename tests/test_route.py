@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,19 +16,22 @@ from rich.console import Console
 from torch import nn
 
 import autocompress
-from autocompress import auto, branches, load, onnxfile, pipeline
+from autocompress import auto, branches, journal, load, onnxfile, pipeline
 from autocompress import export as exporting
 from autocompress.batches import Batched
+from autocompress.controller import Header
 from autocompress.models.convnet import ConvNet
 from autocompress.models.foreign import Foreign
+from autocompress.ops import thresholds
 from autocompress.registry import make
 from autocompress.reuse import apply
+from autocompress.run import run
 from autocompress.tasks.digits import Digits
 from autocompress.train import Training
 from autocompress.types import Budget, Candidate, Gene, Policy, Reading, Rule, Space, TrialFailure, UserError
 from autocompress.verify import verify
 
-OPS = ("exit", "skip", "branch", "route", "quantize", "prune", "lowrank", "block", "distill")
+OPS = ("exit", "skip", "branch", "cascade", "route", "quantize", "prune", "lowrank", "block", "distill")
 
 
 class Block(nn.Module):
@@ -188,9 +192,13 @@ def test_thresholds_lose_no_more_than_is_allowed_where_they_were_tuned(made: Mad
     (route,) = [receipt for receipt in made.release.receipts if receipt.op == "route"]
     *routes, last = route.entries
     curve = last.facts["curve"]
-    chosen = next(entry.facts["threshold"] for entry in routes if entry.site == "blocks.1.exit")
-    quality = next(one["quality"] for one in curve if one["threshold"] == pytest.approx(chosen))
+    chosen = {entry.site: entry.facts["threshold"] for entry in routes if entry.site.endswith(".exit")}
+    assert set(chosen) == {"blocks.1.exit", "blocks.3.exit"}
+    point = next(one for one in curve if one["thresholds"] == pytest.approx(chosen))
+    quality = point["quality"]
     assert quality >= curve[-1]["quality"] - 0.005
+    assert point["saved"] == max(one["saved"] for one in curve if one["quality"] >= curve[-1]["quality"] - 0.005)
+    assert curve[0]["saved"] > curve[-1]["saved"] == 0.0
     assert curve[0]["shares"]["blocks.1.exit"] == 1.0
     assert curve[-1]["shares"]["blocks.1.exit"] == 0.0
     assert (last.facts["split"], last.facts["samples"]) == ("selection", 360)
@@ -347,7 +355,10 @@ def test_a_derived_space_offers_routes_where_they_are_asked_for(parent: nn.Modul
     assert not any(gene.op in ("exit", "skip") for gene in plain.genes)
     added = [gene for gene in routed.genes if gene.op in ("exit", "skip")]
     assert {gene.op for gene in added} == {"exit", "skip"}
-    assert all(gene.when == {f"block.kind@{gene.site}": ("keep",)} for gene in added if gene.op == "skip")
+    assert "cascade.keep@." in [gene.name for gene in routed.genes]
+    alone = {"cascade.keep@.": (1.0,)}
+    kept = [{**alone, f"block.kind@{gene.site}": ("keep",)} if gene.op == "skip" else alone for gene in added]
+    assert [gene.when for gene in added] == kept
     many = profile.model_copy(update={"batch": 8})
     assert auto.targeted(builder, (profile, many), routes=True).genes == plain.genes
     file = auto.written(routed, builder)
@@ -382,9 +393,14 @@ def test_a_policy_with_routes_goes_from_search_to_artifact_to_new_weights(parent
     assert times[0] < times[-1]
     reading = manifest["certificate"]["readings"]["local-1t"]
     assert reading["inputs"] == 64
-    assert "mean of 64 inputs" in (tmp_path / "run" / "report.html").read_text()
+    html = (tmp_path / "run" / "report.html").read_text()
+    assert all(words in html for words in ("mean of 64 inputs", "decides by its input", "% leave", "% run"))
     verified = verify(folder, sessions=1, model=parent)
     assert not [check for check in verified.checks if check.status == "failed"]
+    (folder / "manifest.json").write_text(json.dumps(faster(manifest)))
+    doubted = next(check for check in verify(folder, sessions=1, model=parent).checks if check.name == "samples")
+    assert doubted.says.startswith("session 1 on local-1t: worst_ms")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     weights = tmp_path / "run" / "baseline" / "weights.safetensors"
     applied = apply(folder, weights=weights, out=tmp_path / "next", max_drop=0.9, model=parent)
     again = json.loads((tmp_path / "next" / "policy.json").read_text())
@@ -392,4 +408,122 @@ def test_a_policy_with_routes_goes_from_search_to_artifact_to_new_weights(parent
     heads = [[e for r in one["receipts"] for e in r["entries"] if "exit" in e["facts"]] for one in (before, again)]
     assert heads[0] == heads[1]
     assert applied.certificate.certified
-    assert len(json.loads((tmp_path / "next" / "manifest.json").read_text())["thresholds"]) == len(points)
+    assert len(json.loads((tmp_path / "next" / "manifest.json").read_text())["thresholds"]) > 1
+
+
+def faster(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest whose first session says that its slowest input is half as slow."""
+    found = copy.deepcopy(manifest)
+    found["certificate"]["each"]["local-1t"][0]["worst_ms"] /= 2
+    return found
+
+
+@pytest.fixture(scope="module")
+def cascaded(parent: nn.Module, task: Digits) -> tuple[pipeline.Work, pipeline.Shaped, Policy, pipeline.Release]:
+    work = work_of(parent, task)
+    rules = (
+        rule("cascade", ".", keep=0.4),
+        rule("quantize", "blocks", bits="int8"),
+        rule("route", ".", loses=0.01),
+        rule("distill", ".", weight=0.5),
+    )
+    policy = Policy(rules=rules)
+    shaped = pipeline.shape(work, Candidate(arch={}, policy=policy))
+    before = {name: tensor.clone() for name, tensor in shaped.module.state_dict().items()}
+    pipeline.training(work, shaped, policy, 0).run_to(1.0)
+    after = shaped.module.state_dict()
+    for name, tensor in before.items():  # the network itself rests, its statistics too
+        assert torch.equal(tensor, after[name]) or name.startswith("little."), name
+    assert all(parameter.requires_grad for parameter in shaped.module.parameters())
+    (release,) = pipeline.release(work, shaped.settle(work).module, policy).values()
+    return work, shaped, policy, release
+
+
+def test_a_smaller_copy_answers_first(cascaded, task: Digits):
+    work, shaped, _, release = cascaded
+    assert len([block for block in shaped.module.little.net.blocks if isinstance(block, Block)]) == 2
+    (route,) = [receipt for receipt in release.receipts if receipt.op == "route"]
+    assert [entry.site for entry in route.entries] == ["little.exit", "."]
+    point = route.entries[-1].facts["curve"][0]
+    assert point["saved"] > 0.5  # the whole deep network
+    integers = {node.name for node in onnxfile.read(release.model).graph.initializer if node.data_type == 3}
+    assert any("little" in name for name in integers)  # the copy of a site in integers is one, too
+    proto = onnxfile.read(release.model)
+    assert [node.op_type for node in proto.graph.node].count("If") == 1
+    images = torch.cat([x for x, _ in task.batches("selection", 64)]).numpy()
+    batched = Batched(release.model)
+    for value, network in ((0.0, shaped.module.little.net), (2.0, work.parent)):
+        file = branches.set_thresholds(release.model, {"little.exit": value})
+        said = exporting.predictor(file)(images[:32]).argmax(1)
+        assert np.array_equal(batched(images[:32], thresholds={"little.exit": value}).argmax(1), said)
+        with torch.no_grad():
+            meant = network.eval()(torch.from_numpy(images[:32])).argmax(1).numpy()
+        assert (said == meant).mean() > 0.9
+    receipts = tuple(r for r in (*shaped.receipts, *shaped.instruments))
+    module = pipeline.reshape(work.builder, work.ops, {}, receipts)
+    pipeline.load_weights(module, pipeline.weights_of(shaped.module))
+    assert pipeline.rerelease(work, module, release.receipts).model == release.model
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (rule("cascade", "blocks", keep=0.5), "give it site '.'"),
+        (rule("cascade", ".", keep=0), "keep 0 is not above 0 and at most 1"),
+        (rule("cascade", ".", share=0.5), "unknown setting 'share'"),
+        (rule("cascade", ".", confidence="loud"), "confidence 'loud'; choose one of softmax"),
+    ],
+)
+def test_a_cascades_settings_are_checked(asked: Rule, message: str):
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+        make("op", "cascade").check(asked)
+
+
+def test_what_cannot_have_a_copy_says_why(parent: nn.Module, task: Digits):
+    cascade = make("op", "cascade")
+    profile = load.profile("local-1t")
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    (entry,) = cascade.decide(plain, [rule("cascade", ".", keep=0.5)], task, profile).entries
+    assert (entry.status, entry.why) == ("skipped", "it has no repeated blocks that can be left out")
+    work = work_of(parent, task)
+    policy = Policy(rules=(rule("exit", "blocks.1", head="linear"), rule("cascade", ".", keep=0.5)))
+    shaped = pipeline.shape(work, Candidate(arch={}, policy=policy))
+    skipped = [e for r in shaped.receipts for e in r.entries if e.status == "skipped"]
+    assert [e.why for e in skipped] == ["the network has exits or gates already"]
+
+
+def test_an_exit_is_taken_where_what_it_saves_is_worth_the_risk():
+    """Two exits that are sure alike: the earlier one may be wrong more often, for it saves more."""
+    plain = object.__new__(thresholds.Plain)
+    rng = np.random.default_rng(0)
+    sure = rng.uniform(size=(2, 2000)).astype(np.float32)
+    truth = rng.integers(0, 4, 2000)
+    wrong = rng.uniform(size=(2, 2000)) > 0.5 + 0.5 * sure  # how often falls with how sure they are
+    said = np.where(wrong, (truth + 1) % 4, truth)
+    scores = {name: np.eye(4)[answer] for name, answer in (("a", said[0]), ("b", said[1]), ("last", truth))}
+    plain.exits, plain.answers, plain.final, plain.saved = ["a", "b"], ["a", "b"], "last", [0.6, 0.2]
+    plain.compared = {"a": "sure a", "b": "sure b"}
+    plain.calls = [{"sure a": sure[0], "sure b": sure[1], **scores}]
+    found = list(plain.settings())
+    assert found[0] == {"a": 0.0, "b": 0.0}
+    assert sum(one["a"] <= one["b"] for one in found) > 0.9 * len(found)
+    assert sum(one["a"] < one["b"] for one in found) > 0.5 * len(found)
+    assert [one["a"] for one in found] == sorted(one["a"] for one in found)
+
+
+def test_what_an_exit_saves_is_the_work_behind_it(made: Made):
+    (part,) = pipeline.export_float(made.work, made.settled.module).parts
+    plain = thresholds.Plain(part.model, part.routes, made.work.task)
+    first, second = plain.saved
+    assert 0.9 > first > second > 0.0
+
+
+def test_the_example_runs(tmp_path):
+    small = {"model.epochs": 2, "search.fidelity.full_epochs": 1, "search.cost": {"trials": 2, "minutes": 5}}
+    job = load.job("examples/early_exit.yaml", {"out": str(tmp_path / "out"), **small})
+    summary = run(job, serial=True, console=Console(file=io.StringIO()))
+    assert (summary.state, summary.trials) == ("finished", 2)
+    assert not summary.counts["failed"], summary.failures
+    assert (tmp_path / "out" / "report.html").is_file()
+    space = Header.model_validate(journal.read(tmp_path / "out" / "journal.jsonl").events[0]).space
+    assert {gene.op for gene in space.genes} >= {"exit", "skip", "prune", "quantize"}

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 import autocompress
 from autocompress import artifact, journal, reuse
 from autocompress.estimate import estimate
+from autocompress.evaluator import Checkpoint
 from autocompress.parts import parts
-from autocompress.pipeline import Checkpoint, weights_of
+from autocompress.pipeline import weights_of
 from autocompress.run import fold, resume, run
 from autocompress.tasks.digits import Digits
 from autocompress.train import Training

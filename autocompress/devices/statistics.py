@@ -92,8 +92,11 @@ def middle(block: np.ndarray | Sequence[float], *, fed: bool) -> float:
     return float(np.mean(block) if fed else np.median(block))
 
 
-def figures(runs: Runs) -> dict[str, Interval]:
-    """`ms`, `baseline_ms`, `ratio`, `p95_ms` and `p99_ms` as single runs say them; of real inputs `p50_ms`, too."""
+def figures(runs: Runs) -> dict[str, Interval | float]:
+    """`ms`, `baseline_ms`, `ratio`, `p95_ms` and `p99_ms` as single runs say them.
+
+    Of real inputs `p50_ms` too, and the slowest one's median as `worst_ms`.
+    """
     blocks = [np.asarray(part) for part in runs.model]
     middles = [
         [middle(part, fed=fed) for part in parts_]
@@ -105,8 +108,13 @@ def figures(runs: Runs) -> dict[str, Interval]:
         "ratio": quotient(*middles),
         "p95_ms": tail(blocks, 0.95),
         "p99_ms": tail(blocks, 0.99),
-        **({"p50_ms": tail(blocks, 0.5)} if runs.inputs else {}),
+        **({"p50_ms": tail(blocks, 0.5), "worst_ms": slowest(blocks)} if runs.inputs else {}),
     }
+
+
+def slowest(blocks: Sequence[np.ndarray]) -> float:
+    """Median time of the input that takes longest; every block has all inputs in one order."""
+    return float(np.median(np.stack(blocks), axis=0).max())
 
 
 class Window:
@@ -173,7 +181,7 @@ class Window:
         """Median time of the slowest input; None where there is one."""
         if not self.inputs:
             return None
-        return float(np.median(np.stack(self.parts_ms[0]), axis=0).max())
+        return slowest(self.parts_ms[0])
 
     def reading(
         self, profile: str, *, seconds: float, quiet: bool, cores: tuple[int, ...], host: str, batch: int = 1

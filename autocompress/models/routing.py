@@ -41,7 +41,7 @@ class Exit(nn.Module):
 
     `features` channels in, `outputs` out; `hidden` > 0 puts a layer of that width between, and with `convolved` two
     convolutions of that width before the pooling, each over every second position. `order` counts the exits of a
-    network from its input.
+    network from its input. Without `features` what comes in is an answer already.
     """
 
     threshold: Tensor
@@ -55,11 +55,10 @@ class Exit(nn.Module):
         if convolved:
             self.look = nn.Sequential(*_halved(features, hidden), *_halved(hidden, hidden))
             features, hidden = hidden, 0
+        self.head: nn.Module = nn.Linear(features, outputs) if features else nn.Identity()
         if hidden:
-            self.head: nn.Module = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
-        else:
-            self.head = nn.Linear(features, outputs)
-        self.sure = nn.Linear(features, 1) if confidence == "learned" else None
+            self.head = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+        self.sure = nn.Linear(features or outputs, 1) if confidence == "learned" else None
         # values of their own, or an exporter makes one constant of all
         self.register_buffer("threshold", torch.tensor([NEVER + 0.01 * order]))
         self.seen: tuple[Tensor, Tensor] | None = None
@@ -138,6 +137,18 @@ def _pointwise(inputs: int, outputs: int) -> nn.Conv2d:
 # --- hanging them on a network --------------------------------------------------------------------------------------
 
 
+class Little(nn.Module):
+    """A smaller network that answers before the one it hangs on, as `little`."""
+
+    def __init__(self, net: nn.Module, part: Exit) -> None:
+        super().__init__()
+        self.net, self.exit = net, part
+
+    def forward(self, *args: Any, **named: Any) -> None:
+        """Its answer and confidence, kept in `exit.seen`."""
+        self.exit(self.net(*args, **named))
+
+
 class Answers(nn.Module):
     """The network's own answer of the last training pass, for the exits to learn from; hangs on it as `exits`."""
 
@@ -154,6 +165,15 @@ def hang_exit(module: nn.Module, site: str, part: Exit) -> None:
     block = module.get_submodule(site)
     block.exit = part.train(block.training)
     block.register_forward_hook(_look)
+    if not hasattr(module, "exits"):
+        module.exits = Answers()
+        module.register_forward_hook(_answer)
+
+
+def hang_little(module: nn.Module, net: nn.Module, part: Exit) -> None:
+    """Give a network a smaller one that answers first."""
+    module.little = Little(net, part).train(module.training)
+    module.register_forward_pre_hook(_ask, with_kwargs=True)
     if not hasattr(module, "exits"):
         module.exits = Answers()
         module.register_forward_hook(_answer)
@@ -187,7 +207,7 @@ def thresholds(module: nn.Module) -> dict[str, str]:
 
 def is_hung(name: str) -> bool:
     """Whether a parameter of this name was hung on the network by a route."""
-    return any(atom in ("exit", "gate") for atom in name.split(".")[:-1])
+    return any(atom in ("exit", "gate", "little") for atom in name.split(".")[:-1])
 
 
 @contextmanager
@@ -202,6 +222,11 @@ def forced(module: nn.Module, value: float) -> Iterator[None]:
     finally:
         for part, kept in zip(parts, before, strict=True):
             part.threshold.copy_(kept)
+
+
+def _ask(module: nn.Module, args: Any, named: Any) -> None:
+    part: Any = module.little
+    part(*args, **named)
 
 
 def _look(block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001

@@ -63,8 +63,8 @@ class Gated(Record):
     ms: float  # what the block takes here, in torch
 
 
-class _Routed:
-    """What the three have in common: hung on the network before training, which settles them."""
+class Routed:
+    """What all routes have in common: hung on the network before training, which settles them."""
 
     name = ""
     phase: Phase = "structure"
@@ -85,7 +85,8 @@ class _Routed:
         """Hang the parts on their blocks. Raises UserError where the receipt is of another network."""
         for entry in receipt.entries:
             if (decided := entry.facts.get(self.fact)) is not None:
-                _check(subject, entry.site, decided["type"], self.name)
+                if entry.site != ".":
+                    _check(subject, entry.site, decided["type"], self.name)
                 self.hang(subject, entry.site, decided)
         return subject
 
@@ -98,7 +99,7 @@ class _Routed:
         return Receipt(op=self.name, entries=tuple(entries))
 
 
-class Exit(_Routed):
+class Exit(Routed):
     """An early exit behind a block.
 
     `head` is none, linear, hidden (two layers) or conv (two convolutions before the pooling, where there are
@@ -136,11 +137,11 @@ class Exit(_Routed):
         asked = [rule for rule in rules if rule.settings.get("head", "none") != "none"]
         if not asked:
             return Receipt(op=self.name)
-        calls, answer = _look(subject, [rule.site for rule in asked], task, self.name)
+        calls, answer = look(subject, [rule.site for rule in asked], task, self.name)
         entries: list[Entry] = []
         found: list[tuple[int, Rule, Head]] = []
         for rule in asked:
-            why = _unfit(subject, rule.site, calls) or _headless(calls[rule.site][0], answer)
+            why = unfit(subject, rule.site, calls) or _headless(calls[rule.site][0], answer)
             if why:
                 entries.append(Entry(site=rule.site, status="skipped", why=why, asked=rule.settings))
                 continue
@@ -169,7 +170,7 @@ class Exit(_Routed):
     def hang(self, subject: nn.Module, site: str, decided: Any) -> None:
         """A head whose weights begin at random, the same ones always."""
         head = Head.model_validate(decided)
-        with _fixed(head.order):
+        with fixed(head.order):
             part = routing.Exit(
                 head.features, head.outputs, head.hidden, head.confidence, head.order, convolved=head.convolved
             )
@@ -181,7 +182,7 @@ class Exit(_Routed):
         return None if found is None else JOINT * found
 
 
-class Skip(_Routed):
+class Skip(Routed):
     """A gate that runs a residual block or skips it; it runs for the share `rate` of the inputs, 1 for no gate."""
 
     name = "skip"
@@ -221,8 +222,8 @@ class Skip(_Routed):
         asked = [rule for rule in rules if float(rule.settings.get("rate", 1.0)) < 1]
         if not asked:
             return Receipt(op=self.name)
-        calls, _ = _look(subject, [rule.site for rule in asked], task, self.name)
-        verdicts = {rule.site: _unfit(subject, rule.site, calls) or _ungated(calls[rule.site]) for rule in asked}
+        calls, _ = look(subject, [rule.site for rule in asked], task, self.name)
+        verdicts = {rule.site: unfit(subject, rule.site, calls) or ungated(calls[rule.site]) for rule in asked}
         times = _times(subject, [site for site, why in verdicts.items() if not why], task)
         entries: list[Entry] = []
         order = len(routing.gates(subject))
@@ -250,7 +251,7 @@ class Skip(_Routed):
     def hang(self, subject: nn.Module, site: str, decided: Any) -> None:
         """A gate that begins by running the block."""
         gate = Gated.model_validate(decided)
-        with _fixed(1000 + gate.order):
+        with fixed(1000 + gate.order):
             part = routing.Gate(gate.features, gate.bottleneck, tokens=gate.tokens, order=gate.order, key=gate.key)
             _begin(part)
         routing.hang_gate(subject, site, part)
@@ -291,7 +292,7 @@ class Branch(Skip):
 # --- looking at blocks ----------------------------------------------------------------------------------------------
 
 
-def _look(subject: nn.Module, sites: Sequence[str], task: Task, name: str) -> tuple[dict[str, list[Call]], Tensor]:
+def look(subject: nn.Module, sites: Sequence[str], task: Task, name: str) -> tuple[dict[str, list[Call]], Tensor]:
     """Calls of the blocks, and the network's answer."""
     inputs = several(next(iter(task.batches("calibration", LOOKED, limit=LOOKED)))[0])
     try:
@@ -306,7 +307,7 @@ def _look(subject: nn.Module, sites: Sequence[str], task: Task, name: str) -> tu
     return {site: [] if site in seen.odd else seen.calls.get(site, []) for site in sites}, next(iter(answers))
 
 
-def _unfit(module: nn.Module, site: str, calls: Mapping[str, list[Call]]) -> str:
+def unfit(module: nn.Module, site: str, calls: Mapping[str, list[Call]]) -> str:
     """Why nothing can be hung on a block, empty where it can."""
     if site in (".", ""):
         return "that is the whole network"
@@ -334,7 +335,7 @@ def _headless(call: Call, answer: Tensor) -> str:
     return ""
 
 
-def _ungated(calls: Sequence[Call]) -> str:
+def ungated(calls: Sequence[Call]) -> str:
     """Why a block cannot be passed by, empty where it can."""
     call = calls[0]
     if call.shape != tuple(call.x.shape):
@@ -357,7 +358,7 @@ def _check(module: nn.Module, site: str, kind: str, name: str) -> None:
 
 
 @contextmanager
-def _fixed(seed: int) -> Iterator[None]:
+def fixed(seed: int) -> Iterator[None]:
     """Within, torch draws the same numbers whoever else drew before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,7 +1,9 @@
 """Op `route`: where a file's exits are taken.
 
 Thresholds are chosen on the exported file itself, in its plain form that computes every path, on data that neither
-trained nor reports.
+trained nor reports. Each exit has its own: how often an exit contradicts the network falls with its confidence
+(isotonic regression, Zadrozny and Elkan 2002), and for one price of a contradiction an exit is taken where the work
+that it saves is worth the risk. Prices from nothing to everything give the curve that a file trades along.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from sklearn.isotonic import IsotonicRegression
 
 from autocompress import branches, onnxfile
-from autocompress.graph import open_session
+from autocompress.graph import open_session, types_of
 from autocompress.models import routing
 from autocompress.ops import Phase
 from autocompress.tasks import Task, several
@@ -26,7 +29,10 @@ if TYPE_CHECKING:
 
 LOSES, TUNED = 0.005, "tuned"
 STEPS = 24
-"""Thresholds that are tried at equal shares of the samples; half as many more where few leave."""
+"""Prices that are tried at equal shares of what the samples ask; half as many more where few leave."""
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+THROUGH = ("DequantizeLinear", "Transpose", "Cast", "Reshape")
+"""Between a weight and the node that multiplies by it."""
 
 
 class Route:
@@ -54,7 +60,8 @@ class Route:
     ) -> Receipt:
         """One entry per exit with its threshold and the share of samples that leave there, and one per gate.
 
-        A last entry, of site ".", has the curve: for thresholds from never to always the quality and the exits' shares.
+        A last entry, of site ".", has the curve: for settings from always to never the thresholds, the quality, the
+        exits' shares and the share of the work that is saved.
         """
         loses, fixed = settings_of(rules)
         part = next((part for part in subject.parts if part.routes), None)
@@ -66,14 +73,13 @@ class Route:
             return Receipt(op=self.name, entries=tuple(_entry(route, value) for route, value in chosen.items()))
         curve = found.curve()
         if fixed is not None:
-            chosen = fixed
+            chosen = dict.fromkeys(found.exits, fixed)
         else:
-            whole = curve[-1]["quality"]
-            chosen = min((one["threshold"] for one in curve if one["quality"] >= whole - loses), default=routing.NEVER)
+            able = [one for one in curve if one["quality"] >= curve[-1]["quality"] - loses]
+            chosen = max(able, key=lambda one: one["saved"])["thresholds"]
         shares = found.shares(chosen)
         entries = [
-            _entry(route, chosen if is_exit(route) else found.defaults[route], share=shares[route])
-            for route in part.routes
+            _entry(route, chosen.get(route, found.defaults[route]), share=shares[route]) for route in part.routes
         ]
         told = {"curve": curve, "split": found.split, "samples": found.count, "loses": loses}
         return Receipt(op=self.name, entries=(*entries, Entry(site=".", facts=told)))
@@ -155,6 +161,8 @@ class Plain:
             self.split, self.calls = "selection", []
             self.first = task.quality(self._record, "selection")
         self.count = sum(len(call[self.final]) for call in self.calls)
+        sure = [self.compared[route] for route in self.exits]
+        self.saved = saved(proto, list(zip(sure, self.answers, strict=True)))
 
     def _record(self, inputs: Any) -> Any:
         feed = {
@@ -164,17 +172,17 @@ class Plain:
         self.calls.append(found)
         return found[self.final]
 
-    def decided(self, call: Mapping[str, NDArray[Any]], threshold: float) -> NDArray[np.int64]:
+    def decided(self, call: Mapping[str, NDArray[Any]], thresholds: Mapping[str, float]) -> NDArray[np.int64]:
         """(n,) which exit each sample leaves by, as a place in `exits`; their number for none."""
-        sure = [call[self.compared[route]].reshape(-1) >= threshold for route in self.exits]
+        sure = [call[self.compared[route]].reshape(-1) >= thresholds[route] for route in self.exits]
         taken = np.stack([*sure, np.ones(len(call[self.final]), dtype=bool)])
         return taken.argmax(axis=0)
 
-    def shares(self, threshold: float) -> dict[str, float]:
+    def shares(self, thresholds: Mapping[str, float]) -> dict[str, float]:
         """Share of the samples that leave by each exit, or run each gated block."""
         found = dict.fromkeys(self.routes, 0.0)
         for call in self.calls:
-            decided = self.decided(call, threshold)
+            decided = self.decided(call, thresholds)
             for place, route in enumerate(self.exits):
                 found[route] += float((decided == place).sum()) / self.count
             for route in self.routes:
@@ -183,37 +191,105 @@ class Plain:
                     found[route] += float(run.sum()) / self.count
         return {route: round(share, 4) for route, share in found.items()}
 
-    def quality(self, threshold: float) -> float:
-        """Of the answers at one threshold for all exits."""
-        return self.task.quality(_Replay(self, threshold), self.split).value.value
+    def quality(self, thresholds: Mapping[str, float]) -> float:
+        """Of the answers with these thresholds."""
+        return self.task.quality(_Replay(self, thresholds), self.split).value.value
 
     def curve(self) -> list[dict[str, Any]]:
-        """By rising threshold, from always to never: quality and shares."""
-        if not self.exits:
-            return [
-                {"threshold": routing.NEVER, "quality": self.first.value.value, "shares": self.shares(routing.NEVER)}
-            ]
-        sure = np.concatenate([call[self.compared[route]].reshape(-1) for call in self.calls for route in self.exits])
+        """From always to never: thresholds, quality, shares, and the share of the work that is saved."""
+        found = [self.point(thresholds) for thresholds in self.settings()] if self.exits else []
+        return [*found, self.point(dict.fromkeys(self.exits, routing.NEVER))]
+
+    def point(self, thresholds: dict[str, float]) -> dict[str, Any]:
+        """One setting of the exits and what comes of it."""
+        shares = self.shares(thresholds)
+        work = sum(shares[route] * share for route, share in zip(self.exits, self.saved, strict=True))
+        return {
+            "thresholds": thresholds,
+            "quality": round(self.quality(thresholds), 6),
+            "shares": shares,
+            "saved": round(work, 4),
+        }
+
+    def settings(self) -> Iterator[dict[str, float]]:
+        """Thresholds by falling price of a contradiction, as often as they differ; first all that leave at once."""
+        yield dict.fromkeys(self.exits, 0.0)
+        sure = [np.concatenate([call[self.compared[route]].reshape(-1) for call in self.calls]) for route in self.exits]
+        said = [np.concatenate([call[name].argmax(-1).reshape(-1) for call in self.calls]) for name in self.answers]
+        last = np.concatenate([call[self.final].argmax(-1).reshape(-1) for call in self.calls])
+        asked: list[NDArray[np.float64]] = []  # per exit and sample the risk for each unit of work that is saved
+        for level, answer, share in zip(sure, said, self.saved, strict=True):
+            risk = IsotonicRegression(increasing=False).fit_transform(level, (answer != last).astype(float))
+            asked.append(risk / max(share, 1e-6))
         # most of what is traded lies where few samples leave: there the steps are finer
-        shares = np.concatenate([np.linspace(0, 0.9, STEPS), 1 - np.geomspace(0.09, 0.001, STEPS // 2), [1.0]])
-        levels = np.unique(np.quantile(sure, shares).astype(np.float32))
-        return [
-            {"threshold": float(level), "quality": round(self.quality(level), 6), "shares": self.shares(level)}
-            for level in (0.0, *map(float, levels), routing.NEVER)
-        ]
+        shares = np.concatenate([[1.0], np.linspace(0.98, 0.1, STEPS), np.geomspace(0.09, 0.001, STEPS // 2)])
+        before: dict[str, float] = {}
+        for price in np.quantile(np.concatenate(asked), shares):
+            found = {
+                route: float(np.float32(min(level[risk <= price], default=routing.NEVER)))
+                for route, level, risk in zip(self.exits, sure, asked, strict=True)
+            }
+            if found != before:
+                yield found
+            before = found
 
 
 class _Replay:
-    """A predictor that gives, call by call, what was recorded, decided at a threshold."""
+    """A predictor that gives, call by call, what was recorded, decided with some thresholds."""
 
-    def __init__(self, plain: Plain, threshold: float) -> None:
-        self.plain, self.threshold, self.calls = plain, threshold, iter(plain.calls)
+    def __init__(self, plain: Plain, thresholds: Mapping[str, float]) -> None:
+        self.plain, self.thresholds, self.calls = plain, thresholds, iter(plain.calls)
 
     def __call__(self, inputs: Any) -> NDArray[Any]:  # noqa: ARG002
         call = next(self.calls)
-        decided = self.plain.decided(call, self.threshold)
+        decided = self.plain.decided(call, self.thresholds)
         answers = np.stack([*(call[name] for name in self.plain.answers), call[self.plain.final]])
         return answers[decided, np.arange(len(decided))]
+
+
+def saved(model: onnx.ModelProto, exits: Sequence[tuple[str, str]]) -> list[float]:
+    """Share of the file's multiply-adds that leaving by each exit saves, given what it and those before it compute.
+
+    `exits` are names of what each decides by and answers. All alike where the file multiplies by no weights.
+    """
+    makers = {name: node for node in model.graph.node for name in node.output}
+    types = types_of(model)
+    sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
+    macs = {node.name: _macs(node, makers, types, sizes) for node in model.graph.node}
+    whole = sum(macs.values())
+    if not whole:
+        return [1.0] * len(exits)
+    done: set[str] = set()
+    found: list[float] = []
+    for names in exits:
+        waiting = list(names)
+        while waiting:
+            node = makers.get(waiting.pop())
+            if node is not None and node.name not in done:
+                done.add(node.name)
+                waiting.extend(node.input)
+        found.append(1.0 - sum(macs[name] for name in done) / whole)
+    return found
+
+
+def _macs(
+    node: onnx.NodeProto,
+    makers: Mapping[str, onnx.NodeProto],
+    types: Mapping[str, onnx.TypeProto.Tensor],
+    sizes: Mapping[str, int],
+) -> int:
+    """Multiply-adds for one sample, by the weight's size and the positions that it is used at."""
+    if node.op_type not in WEIGHTED or len(node.input) < 2 or node.output[0] not in types:
+        return 0
+    weight = node.input[1]
+    while weight not in sizes:
+        maker = makers.get(weight)
+        if maker is None or maker.op_type not in THROUGH:
+            return 0
+        weight = maker.input[0]
+    shape = [max(one.dim_value, 1) for one in types[node.output[0]].shape.dim]
+    positions = shape[2:] if node.op_type in ("Conv", "ConvTranspose") else shape[1:-1]
+    return sizes[weight] * int(np.prod(positions, dtype=np.int64))
 
 
 def routes_of(receipts: Sequence[Receipt]) -> Iterator[Entry]:

@@ -23,7 +23,7 @@ from autocompress import space as sp
 from autocompress.types import Choice, Facts, Gene, Genotype, Probed, Site, Space
 
 Floats = NDArray[np.float64]
-REST = 0.03  # share of the baseline's latency that belongs to no place
+REST = 0.01  # share of the baseline's latency that belongs to no place
 SIZE = "(size)"
 """Named like a device: the size of the file, whose parts add up as time does, without borders."""
 LEAST, MOST = 0.02, 3.0  # factors on a place's time are kept between these
@@ -323,10 +323,13 @@ class _Table:
         return found
 
     def border(self, alone: Floats, best: Floats) -> float:
-        """What a change of number type costs: alone an integer place has two, undone among integers it saves two."""
-        numeric = self.typed.sum(axis=1) > 0
-        both = numeric & ~np.isnan(alone) & ~np.isnan(best)
-        return max(0.0, float(np.median((best - alone)[both]) / 4)) if both.any() else 0.0
+        """What a change of number type costs: alone an integer place has two, undone among integers it saves two.
+
+        Where integers pay alone nobody asked what undoing them costs: their borders are next to nothing.
+        """
+        tried = (self.typed.sum(axis=1) > 0) & ~np.isnan(alone)
+        both = tried & ~np.isnan(best)
+        return max(0.0, float(np.median((best - alone)[both]) / 4)) * both.sum() / tried.sum() if both.any() else 0.0
 
     def factors(self, times: Floats, gained: Floats) -> Floats:
         """(columns, places) logarithms of what structural choices leave of the places they touch."""

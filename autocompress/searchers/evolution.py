@@ -105,7 +105,7 @@ class Evolution:
         self.numbers: set[int] = set()
         self.populations = [Population(population) for _ in self.goals]
         self.scores: list[dict[int, Score]] = [{} for _ in self.goals]  # by number
-        self.beliefs = Beliefs(space, goals, limit, facts)
+        self.beliefs = Beliefs(space, goals, limit, facts, based=True)
         # The best of earlier runs are asked again, between the first designs: this run has to measure what it returns,
         # and to see how far theirs can be trusted.
         again = self._warmed(facts.warm, max(1, design // 2))
@@ -244,7 +244,7 @@ class Judge:
         worse = np.zeros(len(genotypes))
         for outlook, front in zip(self.outlooks, self.fronts, strict=True):
             loss, latency, excess = outlook.loss(rows), outlook.latency(rows), outlook.excess(rows)
-            promise += np.where(excess > 0, 0.0, front.gains(loss, latency))
+            promise += outlook.chance(rows) * front.gains(loss, latency)
             worse += np.maximum(excess, 0.0) + np.maximum(loss - 1.0, 0.0)
         order = np.lexsort((np.arange(len(genotypes)), worse, -promise))
         return [genotypes[i] for i in order]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import ndtr
 
 from autocompress import pareto
 from autocompress import space as sp
 from autocompress.earlier import SOURCE
 from autocompress.pareto import Score
+from autocompress.searchers.additive import SIZE, Additive, additive
 from autocompress.searchers.additive import rows as encoded
 from autocompress.searchers.belief import Array, Coding, Fit, Guess, fit
 from autocompress.surrogate import ceiling
@@ -23,6 +25,7 @@ AGAIN = 1.2  # growth after which hyperparameters are chosen anew
 PAIRS = 4  # trials of an earlier run that were tried again, from which these tell how well it ranks
 UNKNOWN = 0.7  # correlation of ranks that an earlier run is taken to have before anything tells
 WIDEST = 1.05  # latency ratio up to which a front counts where no budget bounds it
+Base = Callable[[Array], Sequence[Array]]
 SIZED = "size:"  # before a profile's name: the size of its files
 
 
@@ -34,14 +37,29 @@ class Outlook:
     latencies: tuple[Guess, ...]  # one per device of the goal
     bounds: tuple[float, ...]  # their upper bounds, as logarithms
     sizes: tuple[Guess, ...] = ()  # one per device whose budget bounds the file's size, 1 at the bound
+    base: Base | None = None  # what the guesses are added to
+    doubts: tuple[float, ...] = ()  # standard errors of the latencies and sizes; empty where they are draws
 
     def latency(self, rows: Array) -> Array:
         """(n,) logarithm of the ratio, mean over devices."""
-        return np.mean([guess(rows) for guess in self.latencies], axis=0)
+        return np.mean(self.values(rows)[: len(self.latencies)], axis=0)
 
     def excess(self, rows: Array) -> Array:
         """(n,) by how much the worst budget is exceeded; negative below all."""
-        return self.worst([guess(rows) for guess in (*self.latencies, *self.sizes)])
+        return self.worst(self.values(rows))
+
+    def chance(self, rows: Array) -> Array:
+        """(n,) that every budget holds (constrained improvement, Gardner et al. 2014, equation 5); of draws 0 or 1."""
+        values, bounds = self.values(rows), (*self.bounds, *(1.0 for _ in self.sizes))
+        if not self.doubts:
+            return (self.worst(values) <= 0).astype(float)
+        each = zip(values, bounds, self.doubts, strict=True)
+        return np.prod([ndtr((bound - value) / max(doubt, 1e-9)) for value, bound, doubt in each], axis=0)
+
+    def values(self, rows: Array) -> list[Array]:
+        """(n,) of each latency, then of each size."""
+        found = [guess(rows) for guess in (*self.latencies, *self.sizes)]
+        return found if self.base is None else [one + two for one, two in zip(found, self.base(rows), strict=True)]
 
     def worst(self, values: Sequence[Array]) -> Array:
         """The same of values at hand, first of `latencies`, then of `sizes`."""
@@ -52,7 +70,13 @@ class Outlook:
 class Beliefs:
     """Everything told, and what was fitted to it."""
 
-    def __init__(self, space: Space, goals: Sequence[Goal], limit: Limit, facts: Facts) -> None:
+    def __init__(self, space: Space, goals: Sequence[Goal], limit: Limit, facts: Facts, *, based: bool = False) -> None:
+        """With `based` latencies and sizes are fitted as what differs from a probe's additive model, if there is one.
+
+        That model knows what a product of choices is; its ratios have no slope for relaxed genotypes.
+        """
+        self.model = additive(space, facts) if based else None
+        self.megabytes = facts.baseline_size_mb
         self.space, self.goals, self.limit = space, tuple(goals), limit
         self.profiles = tuple(dict.fromkeys(b.profile for goal in goals for b in goal.budgets))
         known = facts.baseline_quality
@@ -67,9 +91,13 @@ class Beliefs:
         gains = probed(space, facts)
         sized = dict.fromkeys(self.most_mb, gains.get(SIZED))
         named = {name: gains.get(name) for name in ("", *self.profiles)}
+        whole = {name for name in (*self.profiles, *self.most_mb) if self._device(name) is not None}
+        named |= dict.fromkeys(whole & named.keys())
+        sized |= dict.fromkeys(whole & sized.keys())
         self.codings = {name: Coding(space, facts, known) for name, known in (named | sized).items()}
         self.trials: dict[int, Trial] = {}
         self.rows: dict[int, Array] = {}
+        self.ratios: dict[int, Array] = {}  # (1, devices) that the additive model expects of each
         self.sources: list[int] = []  # earlier runs of which trials were told
         self.fits: dict[tuple[str, int], Fit] = {}
         self.sizes: dict[tuple[str, int], int] = {}
@@ -81,6 +109,8 @@ class Beliefs:
         self.trials.pop(number, None)
         self.trials[number] = trial
         self.rows[number] = encoded(self.space, [sp.canonical(self.space, trial.genotype)])[0]
+        if self.model is not None:
+            self.ratios[number] = self.model.ratios(self.rows[number][None])
         self.count += 1
         source = _source(number, trial)
         if source is not None and source not in self.sources:
@@ -109,19 +139,51 @@ class Beliefs:
     def about(self, goal: int, rng: np.random.Generator | None = None, width: float = 1.0) -> Outlook | None:
         """What is expected under a goal, or with `rng` one draw of what may be; None while too little is known."""
         fits = [self._fit(budget.profile, 0) for budget in self.goals[goal].budgets]
-        latencies = [_function(found, rng, width) for found in fits if found is not None]
+        # quality is explored; what is too slow is only ever learned in vain
+        steady = None if self.model is not None else rng
+        latencies = [_function(found, steady, width) for found in fits if found is not None]
         if len(latencies) < len(fits) or not fits:
             return None
         named = [f"{SIZED}{budget.profile}" for budget in self.goals[goal].budgets]
         sizes = [self._fit(name, 0) for name in named if name in self.most_mb]
         told = self._fit("", goal)
         loss = few_cuts(self.codings[""]) if told is None else _function(told, rng, width)
-        small = tuple(_function(found, rng, width) for found in sizes if found is not None)
-        return Outlook(loss, tuple(latencies), self.bounds[goal], small)
+        small = tuple(_function(found, steady, width) for found in sizes if found is not None)
+        if self.model is None:
+            return Outlook(loss, tuple(latencies), self.bounds[goal], small)
+        names = [budget.profile for budget in self.goals[goal].budgets]
+        names += [name for name in named if name in self.most_mb and self.fits.get((name, 0)) is not None]
+        doubts = tuple(self.error(name) or 0.0 for name in names)
+        return Outlook(loss, tuple(latencies), self.bounds[goal], small, self._base(self.model, names), doubts)
 
-    def error(self, profile: str) -> float | None:
-        """Standard error of the predicted logarithm of the latency, each trial left out once."""
-        found = self._fit(profile, 0)
+    def _device(self, what: str) -> int | None:
+        """Where the additive model has a profile's latency, or the size; None where it has not."""
+        if self.model is None or (not self.megabytes and what in self.most_mb):
+            return None
+        known = [device.profile for device in self.model.devices]
+        name = SIZE if what in self.most_mb else what
+        return known.index(name) if name in known else None
+
+    def _base(self, model: Additive, names: Sequence[str]) -> Base:
+        """What the additive model says of latencies and sizes, in the units of the fits; 0 for those it lacks."""
+        places = [self._device(name) for name in names]
+
+        def base(rows: Array) -> list[Array]:
+            ratios = model.ratios(rows)
+            return [
+                np.zeros(len(rows)) if place is None else self._unit(name, ratios[:, place])
+                for name, place in zip(names, places, strict=True)
+            ]
+
+        return base
+
+    def _unit(self, what: str, ratios: Array) -> Array:
+        """Ratios to the baseline as fits have them."""
+        return ratios * self.megabytes / self.most_mb[what] if what in self.most_mb else np.log(ratios)
+
+    def error(self, what: str) -> float | None:
+        """Standard error of a predicted size or logarithm of the latency, each trial left out once."""
+        found = self._fit(what, 0)
         return None if found is None else float(np.sqrt(np.mean(found.left_out() ** 2)))
 
     def _fit(self, what: str, goal: int) -> Fit | None:
@@ -139,7 +201,7 @@ class Beliefs:
             value = self._value(trial, what, goal)
             if value is not None:
                 rows.append(self.rows[number])
-                values.append(value)
+                values.append(value - self._expected(what, number))
                 mine = _source(number, trial)
                 below = (float(trial.outcome.fidelity == level) for level in levels)
                 beside.append([*below, *(float(s == mine) for s in self.sources)])
@@ -153,6 +215,11 @@ class Beliefs:
         found = fit(self.codings[what], np.stack(rows), np.array(values), np.array(beside), like, np.array(doubt))
         self.fits[key] = found
         return found
+
+    def _expected(self, what: str, number: int) -> float:
+        """What the additive model says of a told trial; 0 where it says nothing."""
+        place = self._device(what)
+        return 0.0 if place is None else float(self._unit(what, self.ratios[number][:, place])[0])
 
     def trust(self, source: int, what: str, goal: int) -> float:
         """Variance to allow an earlier run's trials beyond the noise, of 1, by how well they rank here.
