@@ -42,7 +42,8 @@ from autocompress.types import (
     UserError,
 )
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 RETRIES = 2
 COST = "cost"  # an event of number 0: the cost was changed on resuming
 AWAY, BACK = "away", "back"  # events of number 0: a device does not answer, or does again
@@ -96,14 +97,14 @@ def _engine(method: Callable[Concatenate[Controller, P], R]) -> Callable[Concate
 
     @functools.wraps(method)
     def timed(self: Controller, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self._deciding:  # called by another that counts
+        if self.deciding:  # called by another that counts
             return method(self, *args, **kwargs)
         began = time.perf_counter()
-        self._deciding = True
+        self.deciding = True
         try:
             return method(self, *args, **kwargs)
         finally:
-            self._deciding = False
+            self.deciding = False
             self.engine += time.perf_counter() - began
 
     return timed
@@ -146,7 +147,7 @@ class Controller:
         self._before = 0.0  # seconds spent before this process
         self._started = clock()
         self.engine = 0.0  # seconds that this process took to decide and to write, searcher included
-        self._deciding = False
+        self.deciding = False  # within one of its steps
 
     @classmethod
     def begin(

@@ -6,9 +6,9 @@
 By default a cascade: a copy of the network with the share `--keep` of its blocks answers first and is trained for
 `--epochs` on the network's answers, which itself stays as it is. With `--exits` the network gets an exit behind each of
 these blocks instead and is trained with its uncompressed self as teacher, its own weights at an eighth of the rate.
-Thresholds are tuned on test images 0-999 so that `--loses` of quality goes; quality is read once on 5000-9999, drops are paired differences with 95 % intervals. Latency is the mean
-over 64 real images of the selection part, each timed in every block, batch 1, one thread, a core of its own, in turn
-with fp32.
+Thresholds are tuned on test images 0-999 so that `--loses` of quality goes; quality is read once on 5000-9999, drops
+are paired differences with 95 % intervals. Latency is the mean over 64 real images of the selection part, each timed in
+every block, batch 1, one thread, a core of its own, in turn with fp32.
 
 `--json` keys: static_int8_ms, dynamic_mean_ms, dynamic_p99_ms, drop (points, against plain int8), drop_ci,
 never_exit_overhead (share, of the file with its exits switched off over plain int8), exit_rates, curve (as tuned),
