@@ -33,6 +33,7 @@ LEARNING = 0.3  # spread of the logarithm by which an inherited mutation size ch
 WIDEST = 12.0  # genes that a mutation changes at most, on average
 ELITE = 8  # children of a generation that are bred on
 DRAWS = 4  # functions drawn from what is believed, by which children are judged
+UNLIKELY = 0.05  # to hold every budget: what is less likely counts by its nearness alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +245,8 @@ class Judge:
         worse = np.zeros(len(genotypes))
         for outlook, front in zip(self.outlooks, self.fronts, strict=True):
             loss, latency, excess = outlook.loss(rows), outlook.latency(rows), outlook.excess(rows)
-            promise += outlook.chance(rows) * front.gains(loss, latency)
+            chance = outlook.chance(rows)
+            promise += np.where(chance > UNLIKELY, chance, 0.0) * front.gains(loss, latency)
             worse += np.maximum(excess, 0.0) + np.maximum(loss - 1.0, 0.0)
         order = np.lexsort((np.arange(len(genotypes)), worse, -promise))
         return [genotypes[i] for i in order]

@@ -237,10 +237,13 @@ class Beliefs:
         rank = UNKNOWN
         if len(both) >= PAIRS:
             rank = _rank([theirs[key] for key in both], [mine[key] for key in both])
-        elif len(theirs) >= FEWEST and self.codings[what].known.any():
-            rank = _rank(
-                list(theirs.values()), [float(np.frombuffer(key) @ self.codings[what].known) for key in theirs]
-            )
+        elif len(theirs) >= FEWEST:
+            rows = np.stack([np.frombuffer(key) for key in theirs])
+            place = self._device(what)
+            if self.model is not None and place is not None:
+                rank = _rank(list(theirs.values()), self.model.ratios(rows)[:, place].tolist())
+            elif self.codings[what].known.any():
+                rank = _rank(list(theirs.values()), (rows @ self.codings[what].known).tolist())
         rank = max(rank, 0.03)
         return max((1.0 - rank**2) / rank**2, 0.01)
 
