@@ -15,13 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import product
 from random import Random
 
 import numpy as np
 
 from autocompress import space as sp
-from autocompress.searchers.additive import SIZE, Additive, Floats, additive, columns, groups, rows
+from autocompress.searchers.additive import SIZE, Additive, Floats, additive, groups, rows
 from autocompress.searchers.knapsack import CLUMPED, Knapsack, thinned
 from autocompress.surrogate import ceiling
 from autocompress.types import Facts, Genotype, Goal, Reading, Space
@@ -36,7 +36,6 @@ SCALED = 0.7  # spread of the logarithm of an op's factor
 SPARED = 10.0  # factor on the divergence of ops that are to stay away
 VIEWS = 8  # at most, of fronts with other factors
 DEPTHS = 600  # combinations of the stages' depths, at most about so many
-WAYS = 2000  # to drop so many blocks of a stage, that are looked at
 NEAR = (1.2, 1.1, 1.0)
 SMALL = (0.0, 0.25, 0.5, 0.75)  # of what latency and size count, the latter's shares, where a budget bounds it
 
@@ -101,7 +100,7 @@ def fed(model: Additive, facts: Facts, goals: Sequence[Goal], count: int, rng: R
     for goal in goals:
         asked = Asked.of(model, goal, facts)
         own = asked.ordered([g for mix in asked.mixes for g in knapsack.front(mix)], count)
-        some = list(dict.fromkeys(evenly(model)))
+        some = list(dict.fromkeys(evenly(space)))
         even = dict.fromkeys((*asked.gentlest(some), *asked.ordered(some, max(2, count // 6))))
         both = iter(own)
         queues += [both, iter(even), both, _scaled(knapsack, asked, count, rng)]
@@ -229,53 +228,25 @@ def _reversed_bits(i: int, count: int) -> tuple[float, int]:
     return int(f"{i:0{bits}b}"[::-1], 2), i
 
 
-def evenly(model: Additive) -> Iterator[Genotype]:
-    """So many blocks of each stage dropped, in all combinations, those that a probe finds to matter least."""
-    space = model.space
+def evenly(space: Space) -> Iterator[Genotype]:
+    """So many blocks of each stage dropped, evenly spread over it, in all combinations; what is left in integers."""
     stages: dict[str, list[int]] = {}
     for i, gene in enumerate(space.genes):
         if gene.op == "block" and "drop" in gene.choices:
             stages.setdefault(gene.site.rpartition(".")[0], []).append(i)
     levels = max(2, int(DEPTHS ** (1 / max(len(stages), 1))))
-    lost = {
-        i: float(model.divergence[j])
-        for j, (i, c) in enumerate(columns(space))
-        if space.genes[i].op == "block" and space.genes[i].choices[c] == "drop"
-    }
     counts = [
         sorted({round(len(members) * level / (levels - 1)) for level in range(levels)}) for members in stages.values()
     ]
-    gone = [
-        [least([lost[i] for i in members], many) for many in some]
-        for members, some in zip(stages.values(), counts, strict=True)
-    ]
     plain = integers(space)
-    for dropped in product(*gone) if stages else ():
+    for dropped in product(*counts) if stages else ():
         values = list(plain)
-        for places, members in zip(dropped, stages.values(), strict=True):
-            for place in places:
-                i = members[place]
-                values[i] = space.genes[i].choices.index("drop")
+        for many, members in zip(dropped, stages.values(), strict=True):
+            for place, i in enumerate(members):
+                if (place + 1) * many // len(members) > place * many // len(members):
+                    values[i] = space.genes[i].choices.index("drop")
         if any(dropped):
             yield sp.canonical(space, tuple(values))
-
-
-def least(lost: Sequence[float], many: int) -> tuple[int, ...]:
-    """Which so many of neighbouring blocks lose least together, one behind dropped ones costing CLUMPED more for each.
-
-    Where there are too many ways to look at, blocks evenly spaced.
-    """
-    if math.comb(len(lost), many) > WAYS:
-        return tuple(round((k + 0.5) * len(lost) / many - 0.5) for k in range(many))
-
-    def cost(places: tuple[int, ...]) -> float:
-        found, run = 0.0, 0
-        for before, place in zip((-2, *places), places, strict=False):
-            run = run + 1 if place == before + 1 else 0
-            found += lost[place] * (1 + CLUMPED * run)
-        return found
-
-    return min(combinations(range(len(lost)), many), key=cost)
 
 
 def clumps(model: Additive, encoded: Floats) -> Floats:
