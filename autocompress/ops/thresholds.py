@@ -219,7 +219,9 @@ class Plain:
         last = np.concatenate([call[self.final].argmax(-1).reshape(-1) for call in self.calls])
         asked: list[NDArray[np.float64]] = []  # per exit and sample the risk for each unit of work that is saved
         for level, answer, share in zip(sure, said, self.saved, strict=True):
-            risk = IsotonicRegression(increasing=False).fit_transform(level, (answer != last).astype(float))
+            # clipped: between float32 and float64 the largest confidence may lie outside of what was fitted
+            fitted = IsotonicRegression(increasing=False, out_of_bounds="clip")
+            risk = fitted.fit_transform(level.astype(float), (answer != last).astype(float))
             asked.append(risk / max(share, 1e-6))
         # most of what is traded lies where few samples leave: there the steps are finer
         shares = np.concatenate([[1.0], np.linspace(0.98, 0.1, STEPS), np.geomspace(0.09, 0.001, STEPS // 2)])
