@@ -113,6 +113,7 @@ def drawn(dynamic: Sequence[Mapping[str, float]], static: Sequence[Mapping[str, 
         parts.append(f'<circle cx="{70 + 110 * place}" cy="{high - 10}" r="4" fill="{colour}"/>')
         parts.append(f'<text x="{80 + 110 * place}" y="{high - 6}">{words}</text>')
     parts.append(f'<text x="{wide - 20}" y="{high - 6}" text-anchor="end">mean latency, share of fp32</text>')
+    parts.append('<text x="20" y="14">quality, selection part</text>')
     style = 'font-family="sans-serif" font-size="11" style="background:#fff"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" {style}>'
     return head + "\n".join(parts) + "</svg>\n"

@@ -509,6 +509,9 @@ def test_an_exit_is_taken_where_what_it_saves_is_worth_the_risk():
     assert sum(one["a"] <= one["b"] for one in found) > 0.9 * len(found)
     assert sum(one["a"] < one["b"] for one in found) > 0.5 * len(found)
     assert [one["a"] for one in found] == sorted(one["a"] for one in found)
+    # the surest samples of a deep network are as sure as float32 can say
+    plain.calls[0]["sure a"] = np.float32(1) - rng.exponential(1e-6, 2000).astype(np.float32)
+    assert len({one["a"] for one in plain.settings()}) > 2
 
 
 def test_what_an_exit_saves_is_the_work_behind_it(made: Made):
