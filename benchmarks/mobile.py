@@ -43,11 +43,11 @@ class Separable(nn.Module):
 
 
 class MobileNet(nn.Sequential):
-    """Input (n, `inputs`, 32, 32), for CIFAR RGB / 255 by ImageNet's mean and deviation; 10 logits."""
+    """Input RGB / 255, ImageNet mean and deviation, (n, 3, 32, 32); 10 logits."""
 
-    def __init__(self, inputs: int = 3) -> None:
+    def __init__(self) -> None:
         parts: list[tuple[str, nn.Module]] = [
-            ("stem", nn.Conv2d(inputs, 32, 3, 1, 1, bias=False)),
+            ("stem", nn.Conv2d(3, 32, 3, 1, 1, bias=False)),
             ("norm", nn.BatchNorm2d(32)),
             ("act", nn.ReLU()),
         ]
