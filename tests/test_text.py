@@ -163,7 +163,7 @@ def test_with_half_its_heads_and_in_int8_it_still_answers(trained):
         ops=dict(make_ops(("prune", "quantize"))),
         parent=module,
         profiles=(Profile(name="p"),),
-        epochs=4.0,
+        epochs=8.0,
     )
     candidate = Candidate(arch={}, policy=Policy(rules=tuple(rules)))
     shaped = shape(work, candidate)
@@ -171,7 +171,7 @@ def test_with_half_its_heads_and_in_int8_it_still_answers(trained):
     training(work, shaped, candidate.policy, seed=0).run_to(1.0)
     releases = release(work, shaped.module, candidate.policy)
     assert b"QuantizeLinear" in releases["u8s8-pc-minmax"].model
-    assert qualities(work, releases, "selection")["p"].value.value > 0.7  # of 40 sentences; one in two by chance
+    assert qualities(work, releases, "selection")["p"].value.value > 0.85
 
 
 def test_a_network_of_ones_own_may_go_without_a_mask(data: Path):
