@@ -54,7 +54,7 @@ from autocompress.types import (
 )
 from autocompress.wording import beyond
 
-PACED_S = 4.0  # the quickest few steps in so long a time tell how fast training is: others may disturb some
+PACED_S = 2.0  # the quickest few steps in so long a time tell how fast training is: others may disturb some
 PERSISTENCE = 1  # further tries at a noisy reading of a candidate that is fully trained
 LATER = "later:"  # role of a file that a device was away for: it is measured when the device is back
 ASK_AGAIN_S = 5.0  # at most, between tries at devices that are all away

@@ -70,6 +70,8 @@ class Network:
 
 
 FILLS = {"float16": "half", "bfloat16": "half"}
+COPY = "little"  # site of the exit of a smaller copy that answers first
+_BEFORE = 36.0  # pixels of room for it, left of the first layer
 _ROOM = 1110.0  # the page's width in pixels, without margins
 _GLYPH = 6.0  # pixels that a letter of a label takes
 
@@ -91,7 +93,7 @@ def network(policy: PolicyFile, shapes: Mapping[str, Sequence[int]]) -> Network:
         if entry.status == "skipped"
     }
     layers: list[Layer] = []
-    x = 30.0
+    x = 30.0 + _BEFORE * any(site == COPY for _, site, _ in _routes(policy))
     for index, site in enumerate(sites):
         x += gap if index and prefixes[index] != prefixes[index - 1] else 0.0
         layers.append(_layer(site, policy, shapes, skipped, round(x, 1), most * math.sqrt(site.out_channels / tallest)))
@@ -230,8 +232,10 @@ def _blocks(
 
 
 def _exits(policy: PolicyFile, sites: Sequence[Site], layers: Sequence[Layer], bar: float) -> Iterable[Stage]:
-    """Exits, behind the last layer of their block."""
+    """Exits, behind the last layer of their block; that of a smaller copy, before all layers."""
     for op, name, share in _routes(policy):
+        if name == COPY and layers:
+            yield Stage(layers[0].x - 22.0, 0.0, f"{100 * share:.0f} % leave")
         inside = [
             layer
             for site, layer in zip(sites, layers, strict=True)

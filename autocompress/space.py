@@ -297,3 +297,8 @@ def _other(knob: Knob, value: int, rng: Random) -> int:
         return rng.choice([near for near in (value - 1, value + 1) if 0 <= near < knob.size])
     other = int(rng.random() * (knob.size - 1))
     return other + (other >= value)
+
+
+def spaced(size: int, many: int) -> tuple[int, ...]:
+    """So many of `size` places, evenly spaced, the last among them."""
+    return tuple(place for place in range(size) if (place + 1) * many // size > place * many // size)

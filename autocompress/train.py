@@ -179,7 +179,7 @@ class Training:
         # scales and biases are not decayed (He et al. 2019, "Bag of tricks", section 3.1)
         groups: list[dict[str, Any]] = []
         self.rests = gentle == 0
-        for fresh, share in ((False, gentle), (True, 1.0))[self.rests :]:
+        for fresh, share in [(True, 1.0)] if self.rests else [(False, gentle), (True, 1.0)]:
             for wide in (True, False):
                 found = [p for name, p in self._learning() if is_hung(name) == fresh and (p.ndim > 1) == wide]
                 if found:
@@ -223,16 +223,16 @@ class Training:
         if not self.rests:
             yield
             return
-        still_ = [p for name, p in self.module.named_parameters() if not is_hung(name) and p.requires_grad]
+        resting = [p for name, p in self.module.named_parameters() if not is_hung(name) and p.requires_grad]
         for name, part in self.module.named_modules():
             if name and not is_hung(f"{name}.weight"):
                 part.training = False
-        for parameter in still_:
+        for parameter in resting:
             parameter.requires_grad_(False)
         try:
             yield
         finally:
-            for parameter in still_:
+            for parameter in resting:
                 parameter.requires_grad_(True)
 
     def _rest_of_epoch(self) -> Iterator[tuple[Any, Any]]:

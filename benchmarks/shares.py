@@ -4,7 +4,8 @@
 
 Work is what trials report (every attempt of each counts, the journal has them all) until the closing rounds begin, for
 these use threads instead of workers. `engine` is what the controller took to decide and to write, the searcher and the
-terminal included; its share is of the wall time. A worker is busy while it works on a trial's stage.
+terminal included, in the process that finished the run; its share is of the wall time. A worker is busy while it works
+on a trial's stage.
 
 `--json` keys: minutes, workers, busy (share of the workers' time), engine_s, engine (share of the wall time), stages
 (share of the work by name).

@@ -201,6 +201,22 @@ def test_blocks_are_dropped_evenly_too():
     assert first(space, facts, goals, 6, Random(0))[0] == integers(space)
 
 
+def test_depths_stay_few_however_many_stages_there_are():
+    def staged(stages: int, each: int) -> Space:
+        names = [f"s{i}.{j}" for i in range(stages) for j in range(each)]
+        return Space(
+            name="staged",
+            genes=tuple(
+                Gene(name=n, kind="policy", choices=("keep", "drop"), site=n, op="block", param="kind") for n in names
+            ),
+        )
+
+    assert len(set(evenly(staged(3, 8)))) == 8**3 - 1
+    assert 4 < len(set(evenly(staged(40, 8)))) <= 13
+    assert {sum(g) for g in evenly(staged(40, 1))} == {40}
+    assert list(evenly(Space(name="none", genes=()))) == []
+
+
 WEIGHTS = (1, 1, 1, 1, 4, 4, 4, 4)  # megabytes of eight blocks
 
 

@@ -556,6 +556,23 @@ def test_layers_that_were_touched_are_told_apart():
     assert (picture.dropped, picture.replaced, picture.zeros) == (3, 2, 1)
 
 
+def test_samples_leave_behind_exits_and_before_all_layers():
+    names = ("conv1", "l.0.a", "l.1.a", "fc")
+    sites = tuple(Site(name=name, kind="conv", in_channels=8, out_channels=8, kernel=3) for name in names)
+    marks = {}
+    for routes in ((), ("little.exit",), ("l.0.exit",), ("l.1.gate",)):
+        entries = [Entry(site=route, facts={"threshold": 0.5}, achieved={"share": 0.84}) for route in routes]
+        told = {"u8s8": (Receipt(op="route", entries=(*entries, Entry(site="."))),)}
+        marks[routes] = network(artifact.PolicyFile(builder="b", sites=sites, numeric=told), {})
+    plain, before, behind, gated = marks.values()
+    assert not plain.exits
+    assert [one.label for one in (*before.exits, *behind.exits)] == ["84 % leave", "84 % leave"]
+    assert plain.layers[0].x < before.exits[0].x < before.layers[0].x
+    assert behind.layers[1].x + behind.bar < behind.exits[0].x < behind.layers[2].x
+    assert not gated.exits
+    assert [one.label for one in gated.blocks] == ["84 % run"]
+
+
 def test_stages_of_a_deep_network_are_its_blocks():
     names = [
         "proj",

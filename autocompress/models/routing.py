@@ -165,15 +165,18 @@ def hang_exit(module: nn.Module, site: str, part: Exit) -> None:
     block = module.get_submodule(site)
     block.exit = part.train(block.training)
     block.register_forward_hook(_look)
-    if not hasattr(module, "exits"):
-        module.exits = Answers()
-        module.register_forward_hook(_answer)
+    _answers(module)
 
 
 def hang_little(module: nn.Module, net: nn.Module, part: Exit) -> None:
     """Give a network a smaller one that answers first."""
     module.little = Little(net, part).train(module.training)
     module.register_forward_pre_hook(_ask, with_kwargs=True)
+    _answers(module)
+
+
+def _answers(module: nn.Module) -> None:
+    """Let the network pick among its exits' answers and its own."""
     if not hasattr(module, "exits"):
         module.exits = Answers()
         module.register_forward_hook(_answer)

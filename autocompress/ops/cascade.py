@@ -17,9 +17,13 @@ from torch import Tensor, nn
 
 from autocompress.models import routing
 from autocompress.ops.block import Block
-from autocompress.ops.route import JOINT, Routed, fixed, look, unfit, ungated
+from autocompress.ops.route import Routed, fixed, look, unfit, ungated
+from autocompress.space import spaced
 from autocompress.tasks import Task
 from autocompress.types import Entry, Profile, Receipt, Record, Rule, UserError
+
+WEIGHT = 2.0
+"""Of what the copy learns, which is all that is learned where the network rests."""
 
 
 class Smaller(Record):
@@ -113,7 +117,7 @@ class Cascade(Routed):
     def penalty(self, module: nn.Module, receipt: Receipt) -> Tensor | None:  # noqa: ARG002
         """The copy learns what the network says."""
         found = routing.lesson(module)
-        return None if found is None else found / JOINT
+        return None if found is None else WEIGHT * found
 
 
 def outermost(subject: nn.Module, able: Sequence[str]) -> list[str]:
@@ -136,9 +140,5 @@ def thinned(able: Sequence[str], called: Sequence[str], keep: float) -> list[str
     for path, members in stages.items():
         every = [name for name in called if name.rpartition(".")[0] == path]
         many = min(len(members), round((1 - keep) * len(every)))
-        found += [
-            name
-            for place, name in enumerate(members)
-            if (place + 1) * many // len(members) > place * many // len(members)
-        ]
+        found += [members[place] for place in spaced(len(members), many)]
     return found

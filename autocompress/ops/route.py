@@ -85,8 +85,7 @@ class Routed:
         """Hang the parts on their blocks. Raises UserError where the receipt is of another network."""
         for entry in receipt.entries:
             if (decided := entry.facts.get(self.fact)) is not None:
-                if entry.site != ".":
-                    _check(subject, entry.site, decided["type"], self.name)
+                _check(subject, entry.site, decided["type"], self.name)
                 self.hang(subject, entry.site, decided)
         return subject
 
@@ -347,7 +346,7 @@ def ungated(calls: Sequence[Call]) -> str:
 
 def _check(module: nn.Module, site: str, kind: str, name: str) -> None:
     try:
-        block = module.get_submodule(site)
+        block = module.get_submodule("" if site == "." else site)
     except AttributeError:
         raise UserError(f"{name} at site {site}: the receipt is of another network: no block is there") from None
     if type(block).__name__ != kind:

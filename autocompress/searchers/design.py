@@ -35,7 +35,7 @@ BEYOND = 4.0  # times a budget's speedup up to which the first candidates go
 SCALED = 0.7  # spread of the logarithm of an op's factor
 SPARED = 10.0  # factor on the divergence of ops that are to stay away
 VIEWS = 8  # at most, of fronts with other factors
-DEPTHS = 600  # combinations of the stages' depths, at most about so many
+DEPTHS, SHARES = 600, 13  # combinations of the stages' depths, at most about so many; with more stages, shares of all
 NEAR = (1.2, 1.1, 1.0)
 SMALL = (0.0, 0.25, 0.5, 0.75)  # of what latency and size count, the latter's shares, where a budget bounds it
 
@@ -229,22 +229,24 @@ def _reversed_bits(i: int, count: int) -> tuple[float, int]:
 
 
 def evenly(space: Space) -> Iterator[Genotype]:
-    """So many blocks of each stage dropped, evenly spread over it, in all combinations; what is left in integers."""
+    """So many blocks of each stage dropped, evenly spread over it, in all combinations; what is left in integers.
+
+    With so many stages that there are too many combinations, as large a share of each.
+    """
     stages: dict[str, list[int]] = {}
     for i, gene in enumerate(space.genes):
         if gene.op == "block" and "drop" in gene.choices:
             stages.setdefault(gene.site.rpartition(".")[0], []).append(i)
-    levels = max(2, int(DEPTHS ** (1 / max(len(stages), 1))))
-    counts = [
-        sorted({round(len(members) * level / (levels - 1)) for level in range(levels)}) for members in stages.values()
-    ]
+    alone = 2 ** len(stages) <= DEPTHS  # else every stage by the same share
+    levels = max(2, int(DEPTHS ** (1 / max(len(stages), 1)))) if alone else SHARES
+    counts = [[round(len(members) * level / (levels - 1)) for level in range(levels)] for members in stages.values()]
     plain = integers(space)
-    for dropped in product(*counts) if stages else ():
+    for dropped in product(*map(dict.fromkeys, counts)) if alone else zip(*counts, strict=True):
         values = list(plain)
         for many, members in zip(dropped, stages.values(), strict=True):
-            for place, i in enumerate(members):
-                if (place + 1) * many // len(members) > place * many // len(members):
-                    values[i] = space.genes[i].choices.index("drop")
+            for place in sp.spaced(len(members), many):
+                i = members[place]
+                values[i] = space.genes[i].choices.index("drop")
         if any(dropped):
             yield sp.canonical(space, tuple(values))
 

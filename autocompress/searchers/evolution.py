@@ -33,7 +33,6 @@ LEARNING = 0.3  # spread of the logarithm by which an inherited mutation size ch
 WIDEST = 12.0  # genes that a mutation changes at most, on average
 ELITE = 8  # children of a generation that are bred on
 DRAWS = 4  # functions drawn from what is believed, by which children are judged
-UNLIKELY = 0.05  # to hold every budget: what is less likely counts by its nearness alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,9 +243,9 @@ class Judge:
         promise = np.zeros(len(genotypes))
         worse = np.zeros(len(genotypes))
         for outlook, front in zip(self.outlooks, self.fronts, strict=True):
-            loss, latency, excess = outlook.loss(rows), outlook.latency(rows), outlook.excess(rows)
-            chance = outlook.chance(rows)
-            promise += np.where(chance > UNLIKELY, chance, 0.0) * front.gains(loss, latency)
-            worse += np.maximum(excess, 0.0) + np.maximum(loss - 1.0, 0.0)
+            loss, values = outlook.loss(rows), outlook.values(rows)
+            excess = outlook.worst(values)
+            promise += np.where(excess <= 0, front.gains(loss, outlook.middle(values)), 0.0)
+            worse += outlook.short(loss, excess)
         order = np.lexsort((np.arange(len(genotypes)), worse, -promise))
         return [genotypes[i] for i in order]

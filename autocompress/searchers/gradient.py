@@ -96,10 +96,10 @@ class Gradient:
         if not fresh:
             return []
         rows = self.beliefs.codings[""].rows(fresh)
-        promise = front.gains(outlook.loss(rows), outlook.latency(rows))
-        promise = np.where(outlook.excess(rows) > 0, 0.0, promise)
-        worse = np.maximum(outlook.excess(rows), 0.0) + np.maximum(outlook.loss(rows) - 1.0, 0.0)
-        order = np.lexsort((outlook.loss(rows) + outlook.latency(rows), worse, -promise))
+        loss, values = outlook.loss(rows), outlook.values(rows)
+        latency, excess = outlook.middle(values), outlook.worst(values)
+        promise = np.where(excess > 0, 0.0, front.gains(loss, latency))
+        order = np.lexsort((loss + latency, outlook.short(loss, excess), -promise))
         return [fresh[i] for i in order]
 
     def _starts(self, scores: dict[int, Score], rng: np.random.Generator) -> Array:

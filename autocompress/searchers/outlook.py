@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtr
 
 from autocompress import pareto
 from autocompress import space as sp
@@ -24,6 +23,7 @@ MEMORY = 400  # told trials that a fit takes at most: the latest
 AGAIN = 1.2  # growth after which hyperparameters are chosen anew
 PAIRS = 4  # trials of an earlier run that were tried again, from which these tell how well it ranks
 UNKNOWN = 0.7  # correlation of ranks that an earlier run is taken to have before anything tells
+OVER = 10.0  # beyond any loss, which grows as its logarithm
 WIDEST = 1.05  # latency ratio up to which a front counts where no budget bounds it
 Base = Callable[[Array], Sequence[Array]]
 SIZED = "size:"  # before a profile's name: the size of its files
@@ -38,31 +38,34 @@ class Outlook:
     bounds: tuple[float, ...]  # their upper bounds, as logarithms
     sizes: tuple[Guess, ...] = ()  # one per device whose budget bounds the file's size, 1 at the bound
     base: Base | None = None  # what the guesses are added to
-    doubts: tuple[float, ...] = ()  # standard errors of the latencies and sizes; empty where they are draws
 
     def latency(self, rows: Array) -> Array:
         """(n,) logarithm of the ratio, mean over devices."""
-        return np.mean(self.values(rows)[: len(self.latencies)], axis=0)
+        return self.middle(self.values(rows))
 
     def excess(self, rows: Array) -> Array:
         """(n,) by how much the worst budget is exceeded; negative below all."""
         return self.worst(self.values(rows))
 
-    def chance(self, rows: Array) -> Array:
-        """(n,) that every budget holds (constrained improvement, Gardner et al. 2014, equation 5); of draws 0 or 1."""
-        values, bounds = self.values(rows), (*self.bounds, *(1.0 for _ in self.sizes))
-        if not self.doubts:
-            return (self.worst(values) <= 0).astype(float)
-        each = zip(values, bounds, self.doubts, strict=True)
-        return np.prod([ndtr((bound - value) / max(doubt, 1e-9)) for value, bound, doubt in each], axis=0)
+    @staticmethod
+    def short(loss: Array, excess: Array) -> Array:
+        """(n,) how far from all that is asked for, 0 for what holds it.
+
+        What is over a budget is never trained: whatever its loss, it is farther than all that holds the budgets.
+        """
+        return np.where(excess > 0, OVER + excess, np.maximum(loss - 1.0, 0.0))
 
     def values(self, rows: Array) -> list[Array]:
         """(n,) of each latency, then of each size."""
         found = [guess(rows) for guess in (*self.latencies, *self.sizes)]
         return found if self.base is None else [one + two for one, two in zip(found, self.base(rows), strict=True)]
 
+    def middle(self, values: Sequence[Array]) -> Array:
+        """`latency` of values at hand."""
+        return np.mean(values[: len(self.latencies)], axis=0)
+
     def worst(self, values: Sequence[Array]) -> Array:
-        """The same of values at hand, first of `latencies`, then of `sizes`."""
+        """`excess` of values at hand."""
         bounds = (*self.bounds, *(1.0 for _ in self.sizes))
         return np.max([value - bound for value, bound in zip(values, bounds, strict=True)], axis=0)
 
@@ -139,22 +142,19 @@ class Beliefs:
     def about(self, goal: int, rng: np.random.Generator | None = None, width: float = 1.0) -> Outlook | None:
         """What is expected under a goal, or with `rng` one draw of what may be; None while too little is known."""
         fits = [self._fit(budget.profile, 0) for budget in self.goals[goal].budgets]
-        # quality is explored; what is too slow is only ever learned in vain
-        steady = None if self.model is not None else rng
-        latencies = [_function(found, steady, width) for found in fits if found is not None]
+        latencies = [_function(found, rng, width) for found in fits if found is not None]
         if len(latencies) < len(fits) or not fits:
             return None
         named = [f"{SIZED}{budget.profile}" for budget in self.goals[goal].budgets]
         sizes = [self._fit(name, 0) for name in named if name in self.most_mb]
         told = self._fit("", goal)
         loss = few_cuts(self.codings[""]) if told is None else _function(told, rng, width)
-        small = tuple(_function(found, steady, width) for found in sizes if found is not None)
+        small = tuple(_function(found, rng, width) for found in sizes if found is not None)
         if self.model is None:
             return Outlook(loss, tuple(latencies), self.bounds[goal], small)
         names = [budget.profile for budget in self.goals[goal].budgets]
         names += [name for name in named if name in self.most_mb and self.fits.get((name, 0)) is not None]
-        doubts = tuple(self.error(name) or 0.0 for name in names)
-        return Outlook(loss, tuple(latencies), self.bounds[goal], small, self._base(self.model, names), doubts)
+        return Outlook(loss, tuple(latencies), self.bounds[goal], small, self._base(self.model, names))
 
     def _device(self, what: str) -> int | None:
         """Where the additive model has a profile's latency, or the size; None where it has not."""
