@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +25,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from autocompress import pareto, space
+from autocompress.journal import Event
 from autocompress.summary import Summary, Winner, beside, parent_arch, simpler
-from autocompress.types import Facts, Goal, Limit, SearchPlan, Space, State, Trial
+from autocompress.types import Facts, Goal, Limit, Outcome, SearchPlan, Space, State, Trial
 from autocompress.wording import DASH, TIMES, describe, lost, times, wish
 
 STYLE = {
@@ -539,3 +542,37 @@ def show_result(console: Console, summary: Summary, out: Path, report: Path | No
         for text in result_lines(summary, out, report):
             safe = text.encode(console.encoding, "replace").decode(console.encoding)
             print(safe, file=console.file, flush=True)  # one unwrapped line
+
+
+@contextmanager
+def telling(view: Live) -> Iterator[None]:
+    """What our modules log (waiting for another measurement, say) stands in the view, not across it."""
+    logger = logging.getLogger("autocompress")
+    handler = logging.Handler()
+    handler.emit = lambda record: view.note(record.getMessage())
+    logger.addHandler(handler)
+    before, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+
+
+def fold(known: dict[int, Trial], event: Event) -> Trial | None:
+    """One journal event upon what is known of its trial; None for events of the run itself."""
+    number, state = event["number"], event["state"]
+    if state not in set(State):
+        return None
+    old = known.get(number)
+    genotype = tuple(event["genotype"]) if "genotype" in event else old.genotype if old else ()
+    outcome = Outcome.model_validate(event["outcome"]) if "outcome" in event else old.outcome if old else Outcome()
+    known[number] = Trial(
+        number=number,
+        genotype=genotype,
+        state=State(state),
+        attempt=event.get("attempt", 1),
+        rung=event.get("rung", -1),
+        outcome=outcome,
+    )
+    return known[number]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,6 @@ from autocompress import (
     early,
     live,
     onnxfile,
-    pareto,
     ranks,
     ray_tune,
     reader,
@@ -38,12 +36,11 @@ from autocompress.closing import Closing
 from autocompress.controller import Controller, Header, header, run_serial
 from autocompress.devices import AllAway, Unreachable, host_of
 from autocompress.devices.cores import CorePlan, keep_to, plan_cores
-from autocompress.devices.gate import Gate
 from autocompress.devices.station import Station
 from autocompress.elastic import train as train_shared
-from autocompress.evaluator import Checkpoint, Evaluator, Files, Measure, Weigh, missed
+from autocompress.evaluator import Evaluator
 from autocompress.export import EXPORTERS, Exporter
-from autocompress.finals import FINALISTS, Finals
+from autocompress.finals import Finals
 from autocompress.journal import Event, Journal, began
 from autocompress.journal import read as read_journal
 from autocompress.later import Later
@@ -57,19 +54,18 @@ from autocompress.parent import (
     measure_baseline,
     strangers,
 )
-from autocompress.parts import Parts, make_ops, make_searcher, parts
-from autocompress.pipeline import Gate as WorkGate
-from autocompress.pipeline import OpenGate, Work, frozen, load_weights, weights_of
+from autocompress.parts import Parts, make_searcher, parts
+from autocompress.pipeline import Work, frozen, weights_of
 from autocompress.probe import probe as try_choices
 from autocompress.searchers import Keeper
 from autocompress.store import Store, make_folder, write_atomic
 from autocompress.summary import Arm, Finding, Summary
+from autocompress.sweep import sweep
 from autocompress.tasks import Task
 from autocompress.train import bf16_faster
 from autocompress.types import (
     Budget,
     Fidelity,
-    Goal,
     Job,
     Limit,
     Outcome,
@@ -79,71 +75,9 @@ from autocompress.types import (
     Shared,
     Space,
     State,
-    Trial,
     UserError,
 )
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch on a single thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@dataclass(frozen=True)
-class MakeEvaluator:
-    """Builds a worker's evaluator in its process: everything here travels by pickle, the weights through the store."""
-
-    parts: Parts
-    parent: str  # sha256 of the parent's weights
-    quiet: bool
-    bf16: bool | None = None
-    exporter: Exporter = "torchscript"  # one per run: the two give different graphs and names
-    threads: int = 1
-    donor: str = ""  # sha256 of an elastic parent's weights
-
-    def __call__(self, files: Files, measure: Measure, weigh: Weigh) -> Evaluator:
-        """Called once per worker process."""
-        torch.set_num_threads(self.threads)
-        parent = load_weights(self.parts.builder.build({}), files.get(self.parent))
-        gate: WorkGate = Gate() if self.quiet else OpenGate()
-        work = make_work(self.parts, parent, gate, bf16=self.bf16, exporter=self.exporter)
-        work = with_donor(work, files.get(self.donor) if self.donor else None)
-        search = self.parts.job.search
-        weighs = weigh if search.screen else None  # it holds the station for some 10 ms per kernel that is new
-        return Evaluator(work, self.parts.budgets, files, measure, weighs, patience=search.patience * 60)
-
-
-def make_work(
-    parts: Parts,
-    parent: nn.Module,
-    gate: WorkGate | None = None,
-    *,
-    bf16: bool | None = None,
-    exporter: Exporter = "torchscript",
-) -> Work:
-    """What evaluating needs, from a job's parts and the trained parent."""
-    return Work(
-        builder=parts.builder,
-        task=parts.task,
-        ops=make_ops(parts.op_names),
-        parent=parent,
-        profiles=parts.profiles,
-        epochs=parts.job.search.fidelity.full_epochs,
-        exporter=exporter,
-        gate=gate or OpenGate(),
-        bf16=bf16,
-    )
-
-
-def with_donor(work: Work, weights: bytes | None) -> Work:
-    """The same with an elastic parent of these weights (safetensors), if there is one."""
-    return work if weights is None else replace(work, donor=load_weights(work.builder.build({}), weights).eval())
+from autocompress.worker import MakeEvaluator, make_work, one_thread, with_donor
 
 
 def run(
@@ -347,7 +281,7 @@ class _Run:
         )
         self.live = live.Live(progress, self.console, quiet=self.console.quiet)
         try:
-            with self.live, telling(self.live):
+            with self.live, live.telling(self.live):
                 found, report_path = self.inside()
         except KeyboardInterrupt:
             if not self.console.quiet:
@@ -668,7 +602,7 @@ class _Run:
         said = set(early.lines(controller.trials, controller.goals, controller.limit))  # before a resume
 
         def on_event(event: Event) -> None:
-            trial = fold(known, event)
+            trial = live.fold(known, event)
             if trial is not None:
                 later.hear(trial)
                 self.live.event(trial)
@@ -739,63 +673,3 @@ class _Run:
         if state == "finished":
             sweep(store, trials, self.parts.goals, baseline.limit)
         return found_, where
-
-
-@contextmanager
-def telling(view: live.Live) -> Iterator[None]:
-    """What our modules log (waiting for another measurement, say) stands in the view, not across it."""
-    logger = logging.getLogger("autocompress")
-    handler = logging.Handler()
-    handler.emit = lambda record: view.note(record.getMessage())
-    logger.addHandler(handler)
-    before, logger.propagate = logger.propagate, False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = before
-
-
-def fold(known: dict[int, Trial], event: Event) -> Trial | None:
-    """One journal event upon what is known of its trial; None for events of the run itself."""
-    number, state = event["number"], event["state"]
-    if state not in set(State):
-        return None
-    old = known.get(number)
-    genotype = tuple(event["genotype"]) if "genotype" in event else old.genotype if old else ()
-    outcome = Outcome.model_validate(event["outcome"]) if "outcome" in event else old.outcome if old else Outcome()
-    known[number] = Trial(
-        number=number,
-        genotype=genotype,
-        state=State(state),
-        attempt=event.get("attempt", 1),
-        rung=event.get("rung", -1),
-        outcome=outcome,
-    )
-    return known[number]
-
-
-def sweep(store: Store, trials: Sequence[Trial], goals: Sequence[Goal], limit: Limit) -> None:
-    """Drop what a finished search no longer needs: files of trials that are neither on a front nor waiting.
-
-    Logs of failures stay, checkpoints of stopped trials, which a longer search may promote, and what a device missed.
-    """
-    fronts = {trial.number for goal in goals for trial in pareto.front(trials, goal, limit)}
-    fronts |= {trial.number for goal in goals for trial in pareto.best(trials, goal, limit, FINALISTS)}
-    needed: set[str] = set()
-    for trial in trials:
-        if trial.state is not State.DONE or trial.number in fronts or missed(trial.outcome):
-            needed |= set(trial.outcome.files.values())
-    needed |= {inner for sha in list(needed) for inner in _inside(store, sha)}
-    store.keep_only(needed)
-
-
-def _inside(store: Store, sha: str) -> list[str]:
-    """A checkpoint names a further file."""
-    path = store.path(sha)
-    if not path.is_file() or path.stat().st_size > 1_000_000:
-        return []
-    try:
-        return [Checkpoint.model_validate_json(path.read_bytes()).training]
-    except ValueError:
-        return []

@@ -28,9 +28,10 @@ from autocompress.devices.station import Station
 from autocompress.parent import load_parent
 from autocompress.parts import Parts, parts
 from autocompress.pipeline import qualities, release, shape, training
-from autocompress.run import make_work, run
+from autocompress.run import run
 from autocompress.summary import Summary
 from autocompress.types import Candidate, Policy, Rule
+from autocompress.worker import make_work
 
 JOB = Path(__file__).resolve().parent.parent / "examples" / "digits.yaml"
 RATIOS = (0.25, 0.5, 0.625, 0.75)

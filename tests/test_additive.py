@@ -192,6 +192,56 @@ def test_every_goal_gets_its_share_down_to_beyond_its_budget():
         assert ((expected > 0.2) & (expected < 0.6)).sum() >= 3
 
 
+def layered() -> tuple[Space, Facts]:
+    """Blocks of 1 ms: two layers, of 0.75 and 0.25 ms, are made int8 one by one; each then takes half of its time."""
+    genes, probe, sites = [], [], []
+    for i in range(4):
+        name = f"stage.{i}"
+        keep = {f"block@{name}": ("keep",)}
+        genes.append(
+            Gene(name=f"block@{name}", kind="policy", choices=("keep", "drop"), site=name, op="block", param="kind")
+        )
+        probe.append(Probed(gene=f"block@{name}", choice="drop", kl=0.1, ms={"d": 1.0}, smaller=0.25))
+        sites.append(Site(name=name, kind="block", ops=("block",), depth=i / 3))
+        for part, share in (("a", 3), ("b", 1)):
+            site, gene = f"{name}.{part}", f"bits@{name}.{part}"
+            choices = ("float", "int8")
+            genes.append(
+                Gene(name=gene, kind="policy", choices=choices, when=keep, site=site, op="quantize", param="bits")
+            )
+            gains = {"ms": {"d": share / 8}, "best_ms": {"d": share / 8}, "smaller": 0.75 * share / 16}
+            probe.append(Probed(gene=gene, choice="int8", kl=0.001, **gains))
+            sites.append(Site(name=site, kind="conv", macs=100 * share, parameters=10 * share, depth=i / 3))
+    facts = Facts(sites=tuple(sites), baseline={"d": reading(4.0)}, probe=tuple(probe))
+    return Space(name="layered", genes=tuple(genes)), facts
+
+
+def test_integers_of_a_blocks_layers_add_up():
+    space, facts = layered()
+    model = additive(space, facts)
+    whole, first_layers = integers(space), tuple(int(gene.name.endswith(".a")) for gene in space.genes)
+    ratios = model.ratios(rows(space, [sp.parent(space), first_layers, whole]))
+    assert ratios[:, 0] == pytest.approx([1.0, 1 - 0.75 / 2, 0.5], abs=2 * REST)
+    assert ratios[:, 1] == pytest.approx([1.0, 1 - 0.75 * 0.75, 0.25], abs=0.01)
+    # and the knapsack, to which they are nearly free, takes them before it drops anything
+    solved = Knapsack(model).front(np.array([1.0, 0.0]))
+    kept = [g for g in solved if not any(v for v, gene in zip(g, space.genes, strict=True) if gene.op == "block")]
+    assert whole in kept
+
+
+def test_questions_that_do_not_fit_into_a_place_are_those_that_gain_least():
+    space, facts = layered()
+    many = tuple(f"form{i}" for i in range(400))
+    extra = Gene(
+        name="r@stage.0.a", kind="policy", choices=("as_is", *many), site="stage.0.a", op="replace", param="kind"
+    )
+    tried = (Probed(gene=extra.name, choice=form, kl=0.1, ms={"d": 0.01}, best_ms={"d": 0.01}) for form in many)
+    space = space.model_copy(update={"genes": (*space.genes, extra)})
+    model = additive(space, facts.model_copy(update={"probe": (*facts.probe, *tried)}))
+    taken = {space.genes[i].name for i in Knapsack(model).items[0].genes}
+    assert taken == {"block@stage.0", "bits@stage.0.a", "bits@stage.0.b"}
+
+
 def test_blocks_are_dropped_evenly_too():
     space, facts = blocks(6)
     goals = ClosedForm(10).goals

@@ -41,7 +41,6 @@ from autocompress.pipeline import (
     training,
     weights_of,
 )
-from autocompress.run import make_work, one_thread
 from autocompress.space import decode
 from autocompress.stages import answers
 from autocompress.store import Store
@@ -65,6 +64,7 @@ from autocompress.types import (
     State,
     UserError,
 )
+from autocompress.worker import make_work, one_thread
 from tests.small_search import job
 from tests.test_groups import Kinds
 from tests.test_pipeline import Clock, assignment

@@ -21,9 +21,10 @@ import autocompress
 from autocompress import artifact, journal, reuse
 from autocompress.estimate import estimate
 from autocompress.evaluator import Checkpoint
+from autocompress.live import fold
 from autocompress.parts import parts
 from autocompress.pipeline import weights_of
-from autocompress.run import fold, resume, run
+from autocompress.run import resume, run
 from autocompress.tasks.digits import Digits
 from autocompress.train import Training
 from autocompress.types import Cost, Job, LimitError, ModelSource, QualityLimit, State, UserError

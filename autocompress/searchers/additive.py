@@ -59,6 +59,7 @@ class Device:
     profile: str
     floats: Floats  # (places,) time of each
     integers: Floats
+    typed: Floats  # (columns, places) share of a place's time that a choice turns into integers
     shrink: Floats  # (columns, places) logarithm of the factor that a choice puts on a place's time, among floats
     shrink_integers: Floats
     whole: Floats  # (columns,) the same on the whole network, for architecture knobs
@@ -77,7 +78,7 @@ class Additive:
     divergence: Floats  # (columns,) nats
     group: NDArray[np.int64]  # (columns,) number of the group that a choice belongs to
     gone: Floats  # (columns, places) 1 where the choice leaves nothing of the place
-    typed: Floats  # (columns, places) 1 where the choice makes the place an integer one
+    typed: Floats  # (columns, places) 1 where the choice makes integers of layers there
     devices: tuple[Device, ...]
 
     def costs(self, rows: Floats) -> Floats:
@@ -97,7 +98,8 @@ class Additive:
         for d, device in enumerate(self.devices):
             floats = device.floats * np.exp(rows @ device.shrink)
             integers = device.integers * np.exp(rows @ device.shrink_integers)
-            spent = np.where(gone, 0.0, np.where(typed, integers, floats)).sum(axis=1)
+            part = np.minimum(rows @ device.typed, 1.0)
+            spent = np.where(gone, 0.0, (1.0 - part) * floats + part * integers).sum(axis=1)
             found[:, d] = np.exp(rows @ device.whole) * (device.rest + spent) + device.border * changes
         return np.maximum(found, 1e-4)
 
@@ -132,8 +134,8 @@ def additive(space: Space, facts: Facts) -> Additive | None:
         if (space.genes[i].op, space.genes[i].choices[c]) == ("quantize", "int8"):
             typed[j, list(at[i])] = 1.0
     table = _Table(
-        space, cells, tuple(found), at, gone, typed, _shares(places, facts.sites, "macs"),
-        _shares(places, facts.sites, "parameters"), _alike(places, facts.sites),
+        space, cells, tuple(found), at, gone, typed, places, facts.sites,
+        _shares(places, facts.sites, "macs"), _shares(places, facts.sites, "parameters"), _alike(places, facts.sites),
     )  # fmt: skip
     devices = tuple(table.device(name, total[name]) for name in total)
     return Additive(space, places, at, recipe, _divergences(space, cells, found, recipe), group, gone, typed, devices)
@@ -221,6 +223,8 @@ class _Table:
     at: Sequence[Sequence[int]]
     gone: Floats
     typed: Floats
+    places: Sequence[str]
+    sites: Sequence[Site]
     macs: Floats  # (places,) shares
     weights: Floats
     alike: NDArray[np.int64]  # (places,) equal for equal layers
@@ -231,7 +235,8 @@ class _Table:
         alone = self.gains(profile, total, share, best=False)
         best = self.gains(profile, total, share, best=True)
         floats = self.times(alone, share)
-        integers = self.integers(floats, alone, best)
+        typed = self.parts("parameters" if profile == SIZE else "macs")
+        integers = self.integers(floats, typed, alone, best)
         border = self.border(alone, best)
         rest = 0.0 if profile == SIZE else REST
         scale = (1.0 - rest) / max(floats.sum(), 1e-9)  # the probe knows layers, a network also adds and copies
@@ -244,6 +249,7 @@ class _Table:
             profile=profile,
             floats=floats * scale,
             integers=integers * scale,
+            typed=typed,
             shrink=shrink,
             shrink_integers=np.where(np.isnan(gained)[:, None], shrink, self.factors(integers, gained)),
             whole=whole,
@@ -283,9 +289,30 @@ class _Table:
         pace = found[seen].sum() / max(share[seen].sum(), 1e-9) if seen.any() else 1.0 - REST
         return np.where(seen, np.maximum(found, most), np.maximum(pace * share, 1.05 * most))
 
-    def integers(self, floats: Floats, alone: Floats, best: Floats) -> Floats:
+    def parts(self, what: Literal["macs", "parameters"]) -> Floats:
+        """(columns, places) `typed`, where several questions share a place by what their layers have of it."""
+        found = self.typed.copy()
+        for u, path in enumerate(self.places):
+            columns = np.flatnonzero(self.typed[:, u])
+            asked = {self.space.genes[self.cells[j][0]].site for j in columns}
+            inner = sorted(site for site in asked if _within(site, path) and site != path)
+            if not inner:
+                continue
+            sizes = {
+                site: sum(getattr(s, what) for s in self.sites if s.kind != "block" and _within(s.name, site))
+                for site in inner
+            }
+            whole = sum(sizes.values())
+            for j in columns:
+                site = self.space.genes[self.cells[j][0]].site
+                if site in sizes:
+                    found[j, u] = sizes[site] / whole if whole else 1.0 / len(inner)
+        return found
+
+    def integers(self, floats: Floats, typed: Floats, alone: Floats, best: Floats) -> Floats:
         """(places,) in integers: by what dropping gains there, and by what integers gained, alone and undone."""
         rates: list[list[float]] = [[] for _ in floats]
+        gained, told_of = np.zeros(len(floats)), np.zeros(len(floats))
         for j, (i, _) in enumerate(self.cells):
             if len(self.at[i]) != 1:
                 continue
@@ -295,7 +322,10 @@ class _Table:
             elif self.typed[j, place]:
                 told = [gain for gain in (alone[j], best[j]) if not np.isnan(gain)]
                 if told:
-                    rates[place] = [1.0 - float(np.mean(told)) / floats[place]]  # borders cancel where both are known
+                    gained[place] += float(np.mean(told))  # borders cancel where both are known
+                    told_of[place] += typed[j, place]
+        for place in np.flatnonzero(told_of > 0):
+            rates[place] = [1.0 - gained[place] / told_of[place] / floats[place]]
         for j, (i, _) in enumerate(self.cells):  # one question for many places
             told = [gain for gain in (alone[j], best[j]) if not np.isnan(gain)]
             if self.typed[j].sum() > 1 and told and len(self.at[i]) > 1:

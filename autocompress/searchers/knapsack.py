@@ -106,12 +106,19 @@ class Knapsack:
                     holds = np.array([c in allowed for c in range(self.knobs[other].size)])
                     held = needs.setdefault(other, np.ones((len(found), self.knobs[other].size), dtype=bool))
                     held[taken] &= holds
-        gone, typed = (rows @ self.model.gone).sum(axis=1) > 0, (rows @ self.model.typed).sum(axis=1) > 0
+        gone, typed = ((rows @ table).sum(axis=1) > 0 for table in (self.model.gone, self.model.typed))
         return Items(kept, values, rows, gone, typed, tuple(needs.items()))
 
     def _gain(self, i: int) -> float:
+        """Logarithm of the factor that a gene takes off a device's time, at most."""
         columns = [self.cells[i, c] for c in range(1, self.knobs[i].size)]
-        return max(float(-device.shrink[columns].sum(axis=1).min()) for device in self.model.devices)
+        if self.model.gone[columns].any():
+            return np.inf
+        found: list[float] = []
+        for device in self.model.devices:
+            pays = np.log(np.maximum(device.floats, 1e-9) / np.maximum(device.integers, 1e-9))
+            found.append(float((device.typed[columns] @ pays - device.shrink[columns].sum(axis=1)).max()))
+        return max(found)
 
     @cached_property
     def padded(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
@@ -122,6 +129,17 @@ class Knapsack:
             count = len(one.values)
             there[u, :count], gone[u, :count], typed[u, :count] = True, one.gone, one.typed
         return there, gone, typed
+
+    @cached_property
+    def parts(self) -> tuple[Floats, ...]:
+        """Per device (places, items) share of a place's time that its own choices turn into integers."""
+        found: list[Floats] = []
+        for device in self.model.devices:
+            parts = np.zeros(self.padded[0].shape)
+            for u, one in enumerate(self.items):
+                parts[u, : len(one.values)] = one.rows @ device.typed[:, u]
+            found.append(parts)
+        return tuple(found)
 
     @cached_property
     def shrunk(self) -> tuple[tuple[Floats, Floats], ...]:
@@ -170,25 +188,27 @@ class _Priced:
     def table(self, outer: dict[int, int]) -> tuple[Floats, float]:
         """(places, items) what each item costs with these outer choices, and what does not depend on items."""
         model, of = self.model, self.of
-        there, gone, typed = of.padded
+        there, gone, _ = of.padded
         row = np.zeros(len(model.divergence))
         values = [0] * len(of.knobs)
         for i in of.outer:  # in the order of the space, so that what vanishes vanishes whole
             values[i] = outer[i] if of.knobs[i].applies(values) else 0
             if values[i]:
                 row[of.cells[i, values[i]]] = 1.0
-        none, forced = row @ model.gone > 0, row @ model.typed > 0
-        gone, typed = gone | none[:, None], typed | forced[:, None]
+        gone = gone | (row @ model.gone > 0)[:, None]
         found = np.where(there, self.own, np.inf)
         for u, one in enumerate(of.items):
             for other, holds in one.needs:
                 found[u, : len(one.values)][~holds[:, values[other]]] = np.inf
         constant = float(row @ self.weighted)
-        for share, device, (floats, integers) in zip(self.shares, model.devices, of.shrunk, strict=True):
+        each = zip(self.shares, model.devices, of.shrunk, of.parts, strict=True)
+        for share, device, (floats, integers), parts in each:
             whole = float(np.exp(row @ device.whole))
             in_floats = (device.floats * np.exp(row @ device.shrink))[:, None] * floats
             in_integers = (device.integers * np.exp(row @ device.shrink_integers))[:, None] * integers
-            found = found + self.price * share * whole * np.where(gone, 0.0, np.where(typed, in_integers, in_floats))
+            part = np.minimum(parts + (row @ device.typed)[:, None], 1.0)
+            spent = np.where(gone, 0.0, (1.0 - part) * in_floats + part * in_integers)
+            found = found + self.price * share * whole * spent
             constant += self.price * share * whole * device.rest
         return found, constant
 

@@ -1,0 +1,37 @@
+"""What a finished search leaves in its store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from autocompress import pareto
+from autocompress.evaluator import Checkpoint, missed
+from autocompress.finals import FINALISTS
+from autocompress.store import Store
+from autocompress.types import Goal, Limit, State, Trial
+
+
+def sweep(store: Store, trials: Sequence[Trial], goals: Sequence[Goal], limit: Limit) -> None:
+    """Drop what a finished search no longer needs: files of trials that are neither on a front nor waiting.
+
+    Logs of failures stay, checkpoints of stopped trials, which a longer search may promote, and what a device missed.
+    """
+    fronts = {trial.number for goal in goals for trial in pareto.front(trials, goal, limit)}
+    fronts |= {trial.number for goal in goals for trial in pareto.best(trials, goal, limit, FINALISTS)}
+    needed: set[str] = set()
+    for trial in trials:
+        if trial.state is not State.DONE or trial.number in fronts or missed(trial.outcome):
+            needed |= set(trial.outcome.files.values())
+    needed |= {inner for sha in list(needed) for inner in _inside(store, sha)}
+    store.keep_only(needed)
+
+
+def _inside(store: Store, sha: str) -> list[str]:
+    """A checkpoint names a further file."""
+    path = store.path(sha)
+    if not path.is_file() or path.stat().st_size > 1_000_000:
+        return []
+    try:
+        return [Checkpoint.model_validate_json(path.read_bytes()).training]
+    except ValueError:
+        return []
