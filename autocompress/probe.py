@@ -16,6 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,13 @@ class Found:
 
     space: Space
     probed: tuple[Probed, ...]
+    integers: dict[str, float] = field(default_factory=dict)  # latency with every site in integers, as a share
     seconds: float = 0.0
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What of it belongs to a search's facts."""
+        return {"probe": self.probed, "integers": self.integers}
 
     def __str__(self) -> str:
         """One line for the terminal."""
@@ -84,13 +91,15 @@ def probe(
     key = _key(work, full, facts, small)
     kept = _recall(folder, key)
     if kept is not None:
-        return Found(reduced(full, kept), kept)
+        return Found(reduced(full, kept[0]), *kept)
     began = time.perf_counter()
-    found = _Probe(work, full, facts, began + seconds, small=small, say=say, step=step).go()
+    asked = _Probe(work, full, facts, began + seconds, small=small, say=say, step=step)
+    found = asked.go()
     if folder is not None:
         records = [one.model_dump(mode="json") for one in found]
-        write_atomic(folder / FILE, json.dumps({"key": key, "probed": records}, indent=1).encode())
-    return Found(reduced(full, found), found, time.perf_counter() - began)
+        told = {"key": key, "probed": records, "integers": asked.integers}
+        write_atomic(folder / FILE, json.dumps(told, indent=1).encode())
+    return Found(reduced(full, found), found, asked.integers, time.perf_counter() - began)
 
 
 def reduced(full: Space, probed: Sequence[Probed]) -> Space:
@@ -110,10 +119,12 @@ def _key(work: Work, full: Space, facts: Facts, small: bool) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _recall(folder: Path | None, key: str) -> tuple[Probed, ...] | None:
+def _recall(folder: Path | None, key: str) -> tuple[tuple[Probed, ...], dict[str, float]] | None:
     try:
         kept = json.loads((folder / FILE).read_bytes()) if folder else {}
-        return tuple(Probed.model_validate(one) for one in kept["probed"]) if kept.get("key") == key else None
+        if kept.get("key") != key:
+            return None
+        return tuple(Probed.model_validate(one) for one in kept["probed"]), dict(kept["integers"])
     except (OSError, ValueError, LookupError, AttributeError):
         return None  # not there, or damaged: probed again
 
@@ -169,6 +180,7 @@ class _Probe:
         self.work, self.space, self.facts, self.deadline = work, full, facts, deadline
         self.small, self.say, self.step = small, say, step
         self.phase = {gene.op: work.ops[gene.op].phase for gene in full.genes if gene.op in work.ops}
+        self.integers: dict[str, float] = {}
 
     def go(self) -> tuple[Probed, ...]:
         threads = torch.get_num_threads()
@@ -191,6 +203,8 @@ class _Probe:
         for one in self.counted(shaped, "latency", halfway):
             self.attempt(self.shape, one, until=halfway)
         self.predict([one for one in shaped if one.used])
+        with suppress(TrialFailure):  # a network that cannot be all integers: each site is still tried alone
+            self.integers = self.in_integers()
         for one in self.counted(waiting, "quality", self.deadline):
             self.attempt(self.judge, one)
         doubtful = [one for one in shaped if one.kl is not None and one.kl > self.hopeless]
@@ -209,6 +223,16 @@ class _Probe:
             choice = str(one.choice).lower() if isinstance(one.choice, bool) else one.choice
             self.step(f"{what}: {one.gene.name} = {choice}", done, len(every), max(left, 0.0))
             yield one
+
+    def in_integers(self) -> dict[str, float]:
+        """Latency with every site in integers, as a share of the baseline's, by profile."""
+        if not self.network.numbers:
+            return {}
+        found: dict[str, float] = {}
+        for target in self.network.targets:
+            ratio = target.ratio(self.network.file(self.network.numbers, target.profile), target.floats)
+            found |= dict.fromkeys(target.names, _figure(ratio) or 0.0)
+        return found
 
     def attempt(self, look: Callable[..., None], one: Tried, *more: Any, until: float | None = None) -> None:
         """Look at a choice if there is time; one that cannot be made is marked so."""

@@ -411,7 +411,7 @@ class _Run:
             self.live.note(str(found))
             self.parts = replace(self.parts, space=found.space)
             self.live.progress.space = found.space
-            baseline = replace(baseline, facts=baseline.facts.model_copy(update={"probe": found.probed}))
+            baseline = replace(baseline, facts=baseline.facts.model_copy(update=found.facts))
         file = auto.written(self.parts.space, self.parts.builder)
         write_atomic(self.out / "space.yaml", spacefile.text(file).encode())
         return baseline

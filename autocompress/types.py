@@ -440,6 +440,7 @@ class Facts(Record):
     versions: dict[str, str] = {}
     warm: tuple[Trial, ...] = ()  # of earlier runs, in the words of this space; notes say whose
     probe: tuple[Probed, ...] = ()  # of a derived space, before the choices that never pay left it
+    integers: dict[str, float] = {}  # with every site in integers, latency as a share of the baseline's, by profile
     shared: Shared | None = None
 
 

@@ -229,6 +229,17 @@ def test_integers_of_a_blocks_layers_add_up():
     assert whole in kept
 
 
+def test_what_all_integers_take_is_what_was_measured():
+    space, facts = layered()
+    ratios = {}
+    for told in ({}, {"d": 0.4}):
+        model = additive(space, facts.model_copy(update={"integers": told}))
+        first_layers = tuple(int(gene.name.endswith(".a")) for gene in space.genes)
+        ratios[len(told)] = model.ratios(rows(space, [sp.parent(space), first_layers, integers(space)]))[:, 0]
+    assert ratios[1] == pytest.approx([1.0, 1 - 0.75 * 0.6, 0.4], abs=REST)
+    assert ratios[0][2] == pytest.approx(0.5, abs=2 * REST)
+
+
 def test_questions_that_do_not_fit_into_a_place_are_those_that_gain_least():
     space, facts = layered()
     many = tuple(f"form{i}" for i in range(400))

@@ -275,10 +275,14 @@ def test_what_never_pays_leaves_the_space(work, space, tmp_path, monkeypatch):
     assert found.space.always == space.always
     assert len(said) == 1
     assert "never pay" in str(found)
+    assert list(found.integers) == ["local-1t"]
+    assert 0.1 < found.integers["local-1t"] < 10
+    assert found.facts == {"probe": found.probed, "integers": found.integers}
     # a second start of the same run reads what the first one found
     monkeypatch.setattr(probing._Probe, "go", None)
     again = probe(work, space, facts(work), (), seconds=60, folder=tmp_path)
     assert again.probed == found.probed
+    assert again.integers == found.integers
     assert again.space == found.space
     (tmp_path / probing.FILE).write_text("{")
     with pytest.raises(TypeError):

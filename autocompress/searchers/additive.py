@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -137,7 +137,7 @@ def additive(space: Space, facts: Facts) -> Additive | None:
         space, cells, tuple(found), at, gone, typed, places, facts.sites,
         _shares(places, facts.sites, "macs"), _shares(places, facts.sites, "parameters"), _alike(places, facts.sites),
     )  # fmt: skip
-    devices = tuple(table.device(name, total[name]) for name in total)
+    devices = tuple(table.settled(table.device(name, total[name]), facts.integers.get(name)) for name in total)
     return Additive(space, places, at, recipe, _divergences(space, cells, found, recipe), group, gone, typed, devices)
 
 
@@ -257,6 +257,20 @@ class _Table:
             rest=rest,
         )
 
+    def settled(self, device: Device, ratio: float | None) -> Device:
+        """The same with its integers in proportion to what the network takes with all of them, if that is known.
+
+        The pieces were looked at one by one; what the network takes between them is not divided like their times.
+        """
+        if ratio is None:
+            return device
+        part = np.minimum((self.typed.sum(axis=1) > 0) @ device.typed, 1.0)
+        spent = float(part @ device.integers)
+        left = ratio - device.rest - device.border * bool(spent) - float((1.0 - part) @ device.floats)
+        if spent <= 0 or left <= 0:
+            return device
+        return replace(device, integers=device.integers * min(max(left / spent, 1 / MOST), MOST))
+
     def gains(self, profile: str, total: float, share: Floats, *, best: bool) -> Floats:
         """(columns,) share of the baseline's latency; where it was not tried that of its like, NaN if none was."""
         rows = [{} if one is None else _gained(one, best=best) for one in self.found]
@@ -325,7 +339,8 @@ class _Table:
                     gained[place] += float(np.mean(told))  # borders cancel where both are known
                     told_of[place] += typed[j, place]
         for place in np.flatnonzero(told_of > 0):
-            rates[place] = [1.0 - gained[place] / told_of[place] / floats[place]]
+            if not rates[place]:  # alone, integers have borders; what dropping gains has none
+                rates[place] = [1.0 - gained[place] / told_of[place] / floats[place]]
         for j, (i, _) in enumerate(self.cells):  # one question for many places
             told = [gain for gain in (alone[j], best[j]) if not np.isnan(gain)]
             if self.typed[j].sum() > 1 and told and len(self.at[i]) > 1:
