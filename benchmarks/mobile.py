@@ -43,11 +43,11 @@ class Separable(nn.Module):
 
 
 class MobileNet(nn.Sequential):
-    """Input RGB / 255, ImageNet mean and deviation, (n, 3, 32, 32); 10 logits."""
+    """Normalised images (n, channels, h, w); 10 logits."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 3) -> None:
         parts: list[tuple[str, nn.Module]] = [
-            ("stem", nn.Conv2d(3, 32, 3, 1, 1, bias=False)),
+            ("stem", nn.Conv2d(channels, 32, 3, 1, 1, bias=False)),
             ("norm", nn.BatchNorm2d(32)),
             ("act", nn.ReLU()),
         ]

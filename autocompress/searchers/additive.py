@@ -307,7 +307,7 @@ class _Table:
         """(columns, places) `typed`, where several questions share a place by what their layers have of it."""
         found = self.typed.copy()
         for u, path in enumerate(self.places):
-            columns = np.flatnonzero(self.typed[:, u])
+            columns: list[int] = np.flatnonzero(self.typed[:, u]).tolist()
             asked = {self.space.genes[self.cells[j][0]].site for j in columns}
             inner = sorted(site for site in asked if _within(site, path) and site != path)
             if not inner:
@@ -338,7 +338,7 @@ class _Table:
                 if told:
                     gained[place] += float(np.mean(told))  # borders cancel where both are known
                     told_of[place] += typed[j, place]
-        for place in np.flatnonzero(told_of > 0):
+        for place in np.flatnonzero(told_of > 0).tolist():
             if not rates[place]:  # alone, integers have borders; what dropping gains has none
                 rates[place] = [1.0 - gained[place] / told_of[place] / floats[place]]
         for j, (i, _) in enumerate(self.cells):  # one question for many places
