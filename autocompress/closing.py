@@ -1,9 +1,10 @@
 """After the search: the best few train on, as far as the kept time reaches.
 
 As in successive halving (Jamieson and Talwalkar 2016) a few share the first part of the time, one on each worker; then
-the best of each goal has what is left, on all cores. Where threads do not pay (many small layers, a machine that
-others use), the few train side by side for the whole time. Who they are is decided by quality as it is expected at the
-highest rung that corrections lead to (`ranks`). All is journalled: an interrupted closing goes on where it was.
+the best of each goal has what is left, on all cores, or on one where that is faster (others use the machine too). Where
+threads do not pay (many small layers), the few train side by side for the whole time. Who they are is decided by
+quality as it is expected at the highest rung that corrections lead to (`ranks`). All is journalled: an interrupted
+closing goes on where it was.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from autocompress import pareto, ranks
@@ -39,7 +41,7 @@ class Pace(Protocol):
 class Closing:
     """Picks who goes on and how far. `together` and `alone` do the trials that the controller then asks for.
 
-    The former with one thread on each of `workers`, the latter one after another with `threads` threads.
+    The former with one thread on each of `workers`, the latter one after another with as many threads as it is told.
     """
 
     controller: Controller
@@ -47,7 +49,7 @@ class Closing:
     limit: Limit
     pace: Pace
     together: Callable[[], None]
-    alone: Callable[[], None]
+    alone: Callable[[int], None]
     workers: int = 1
     threads: int = 1
     crowded: Callable[[], bool] = lambda: os.getloadavg()[0] > (os.cpu_count() or 1)
@@ -58,7 +60,7 @@ class Closing:
         controller = self.controller
         while not controller.stopped:
             if controller.rounds and not controller.finished:
-                (self.together if controller.rounds == 1 else self.alone)()
+                self.together() if controller.rounds == 1 else self.alone(self.width)
             elif controller.rounds == 2 or not self.begin():
                 return
 
@@ -77,10 +79,10 @@ class Closing:
             each = left / waves
             if len(numbers) > len(self.goals) and (self.workers == 1 or self.threads_pay(numbers[0])):
                 each *= FIRST
-            threads = 1 if self.workers > 1 else self.threads
+            threads = 1
         else:
             numbers = self.best(1, set(controller.in_finals))
-            each, threads = left / max(1, len(numbers)), self.threads
+            each, threads = left / max(1, len(numbers)), self.width
         paths = {number: path for number in numbers if (path := self.path(number, SLACK * each, threads))}
         if not paths:
             return False
@@ -91,16 +93,26 @@ class Closing:
 
     def threads_pay(self, number: int) -> bool:
         """Whether all threads on one network are nearly as much as a network for each."""
-        if self.threads < 2 or self.crowded():
-            return False
+        return not self.crowded() and self.gain(number) >= 1 + PAYS * (self.threads - 1)
+
+    @cached_property
+    def width(self) -> int:
+        """Threads of the last round: all where they are faster than one, which they are not beside other work."""
+        number = next((n for n in sorted(self.controller.in_finals) if self.controller.assignment(n).checkpoint), None)
+        return self.threads if number is None or self.gain(number) > 1 else 1
+
+    def gain(self, number: int) -> float:
+        """How much faster all threads train a trial than one; 0 where that cannot be tried."""
+        if self.threads < 2:
+            return 0.0
         assignment = self.controller.assignment(number)
         try:
             one, many = self.pace(assignment, 1), self.pace(assignment, self.threads)
         except TrialFailure:
-            return False
-        gain = one / max(many, 1e-9)
-        self.say(f"{self.threads} threads train {gain:.2f} times as fast as one")
-        return gain >= 1 + PAYS * (self.threads - 1)
+            return 0.0
+        found = one / max(many, 1e-9)
+        self.say(f"{self.threads} threads train {found:.2f} times as fast as one")
+        return found
 
     def path(self, number: int, seconds: float, threads: int) -> tuple[float, ...]:
         """Fidelities that a trial goes through in this time; empty where it has none, or its training is complete."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -54,7 +54,7 @@ from autocompress.types import (
 )
 from autocompress.wording import beyond
 
-PACED_S = 2.0  # the quickest few steps in so long a time tell how fast training is: others may disturb some
+PACED_S = 2.0  # so long it is looked at how fast training is
 PERSISTENCE = 1  # further tries at a noisy reading of a candidate that is fully trained
 LATER = "later:"  # role of a file that a device was away for: it is measured when the device is back
 ASK_AGAIN_S = 5.0  # at most, between tries at devices that are all away
@@ -273,13 +273,14 @@ class _Path:
         _, trainer = self.restore(self.assignment.checkpoint)
         steps = min(steps, (trainer.total - trainer.step) // 2)
         trainer.run_to((trainer.step + steps) / trainer.total)  # warms up
-        best, until = math.inf, time.perf_counter() + PACED_S
-        while best == math.inf or time.perf_counter() < until:
+        took: list[float] = []
+        until = time.perf_counter() + PACED_S
+        while not took or time.perf_counter() < until:
             found = trainer.run_to(min(1.0, (trainer.step + steps) / trainer.total))
-            best = min(best, found["seconds"] / max(found["steps"], 1.0))
+            took.append(found["seconds"] / max(found["steps"], 1.0))
             if not steps or trainer.step >= trainer.total:
                 break
-        return best * trainer.total
+        return median(took) * trainer.total
 
     def halfway(self, shaped: Shaped, settled: Settled) -> Settled:
         """A changed network in mid-training, its running statistics brought up to its weights, which run ahead of them.

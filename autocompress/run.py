@@ -554,7 +554,7 @@ class _Run:
                 self.live.progress.limit,
                 lambda assignment, threads: here(threads).pace(assignment),
                 lambda: go(together),
-                lambda: go(alone),
+                lambda count: go(functools.partial(alone, count=count)),
                 workers=1 if session is None else session.workers,
                 threads=threads,
                 say=self.live.note,

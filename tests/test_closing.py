@@ -51,7 +51,7 @@ def closing(controller: Controller, evaluator: Any) -> Closing:
     def run() -> None:
         run_serial(controller, evaluator)
 
-    return Closing(controller, h.goals, h.limit, evaluator.pace, run, run)
+    return Closing(controller, h.goals, h.limit, evaluator.pace, run, lambda _: run())
 
 
 def whole(path: Path) -> Controller:
@@ -113,6 +113,26 @@ def test_where_threads_do_not_pay_the_few_train_side_by_side(tmp_path: Path, thr
     for number in controller.in_finals:
         assert controller.assignment(number).rungs[-1] == pytest.approx(0.2 + SLACK * share / 2, abs=1e-5)
     assert len(controller.in_finals) == 3
+    controller.journal.close()
+
+
+@pytest.mark.parametrize(("factor", "wanted"), [(0.8, 3), (2.0, 1)])
+def test_the_last_one_has_one_thread_where_more_are_slower(tmp_path: Path, factor: float, wanted: int) -> None:
+    controller = Controller.begin(
+        Journal.create(tmp_path / "journal.jsonl", header().event()), Learner, clock=lambda: 0.0
+    )
+    run_serial(controller, Kept())
+    used: list[int] = []
+
+    def alone(threads: int) -> None:
+        used.append(threads)
+        run_serial(controller, Kept())
+
+    pace = lambda _, threads: 7200.0 * (factor if threads > 1 else 1.0)  # noqa: E731
+    replace(closing(controller, Kept()), pace=pace, alone=alone, threads=3).go()
+    assert used == [wanted]
+    far = max(trial.outcome.fidelity for trial in controller.trials if trial.number)
+    assert far == pytest.approx(0.2 + SLACK * FIRST / 3 / 2 + SLACK / 2 / min(factor, 1.0), abs=1e-5)
     controller.journal.close()
 
 
