@@ -379,7 +379,10 @@ def test_a_process_that_the_system_kills_there(device: SshDevice, there: servers
     benches(there)[0].kill()
     until(lambda: device._child is not None and not device._child.alive)
     works(device, files["small"])  # it was idle: started again, nobody need know
-    with meanwhile(benches(there)[0].kill, lambda: True), pytest.raises(TrialFailure, match="SIGKILL, as the system"):
+    timing = benches(there)[0]
+    spent = timing.cpu_times().user
+    killing = meanwhile(timing.kill, lambda: timing.cpu_times().user > spent + 0.3)  # it is at work by then
+    with killing, pytest.raises(TrialFailure, match="SIGKILL, as the system"):
         device.time([files["small"]], rounds=10**6, seconds=20)
     assert works(device, files["small"])
 
