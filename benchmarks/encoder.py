@@ -30,9 +30,7 @@ from autocompress.tasks.text import Text
 from autocompress.tasks.tokens import open_tokenizer, train_tokenizer
 from autocompress.train import Training
 from autocompress.types import Policy, Rule, Site, UserError
-from autocompress.vision import import_torchvision
 
-import_torchvision()  # transformers imports it, in workers before anything else of ours runs
 LENGTH, WORDS, EPOCHS, RATE, SEED = 48, 8000, 4, 1e-3, 0
 HEADS = 4
 SHAPE = {
