@@ -82,7 +82,9 @@ def network(policy: PolicyFile, shapes: Mapping[str, Sequence[int]]) -> Network:
     prefixes = _prefixes([site.name for site in sites])
     breaks = sum(one != other for one, other in pairwise(prefixes))
     gap = 14.0 if breaks * 14.0 < _ROOM / 3 else 6.0
-    pitch = (_ROOM - breaks * gap) / max(len(sites), 1)  # as wide as the page, scrolling where labels would touch
+    before = _BEFORE * any(site == COPY for _, site, _ in _routes(policy))
+    # as wide as the page, scrolling where labels would touch
+    pitch = (_ROOM - before - breaks * gap) / max(len(sites), 1)
     bar = round(min(max(pitch / 1.4, 9.5), 40.0), 1)
     tallest = max((site.out_channels for site in sites), default=1) or 1
     middle, most = 100.0, 150.0
@@ -93,7 +95,7 @@ def network(policy: PolicyFile, shapes: Mapping[str, Sequence[int]]) -> Network:
         if entry.status == "skipped"
     }
     layers: list[Layer] = []
-    x = 30.0 + _BEFORE * any(site == COPY for _, site, _ in _routes(policy))
+    x = 30.0 + before
     for index, site in enumerate(sites):
         x += gap if index and prefixes[index] != prefixes[index - 1] else 0.0
         layers.append(_layer(site, policy, shapes, skipped, round(x, 1), most * math.sqrt(site.out_channels / tallest)))

@@ -181,11 +181,6 @@ class Beliefs:
         """Ratios to the baseline as fits have them."""
         return ratios * self.megabytes / self.most_mb[what] if what in self.most_mb else np.log(ratios)
 
-    def error(self, what: str) -> float | None:
-        """Standard error of a predicted size or logarithm of the latency, each trial left out once."""
-        found = self._fit(what, 0)
-        return None if found is None else float(np.sqrt(np.mean(found.left_out() ** 2)))
-
     def _fit(self, what: str, goal: int) -> Fit | None:
         key = (what, goal)
         if self.fresh.get(key) == self.count:
