@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import moocore  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
 
-from autocompress.types import Budget, Goal, Limit, Outcome, Reading, State, Trial
+from autocompress.types import Budget, Goal, Interval, Limit, Outcome, Reading, State, Trial
 
 ALL_DEVICES = "all-devices"
 
@@ -37,6 +37,19 @@ def goals(budgets: Sequence[Budget]) -> tuple[Goal, ...]:
 def meets(reading: Reading, budget: Budget, size_mb: float | None) -> dict[str, bool]:
     """Per bound that the budget sets, whether it holds by the upper confidence bound. An unknown size does not hold."""
     return {bound: excess <= 0.0 for bound, excess in _excess(reading, budget, size_mb).items()}
+
+
+def at_best(reading: Reading) -> Reading:
+    """A reading as the favourable end of its interval."""
+    figures = {name: getattr(reading, name) for name in ("ms", "p50_ms", "p95_ms", "p99_ms", "ratio")}
+    best = {name: one.low for name, one in figures.items() if one is not None}
+    return reading.model_copy(update={name: Interval(value=at, low=at, high=at) for name, at in best.items()})
+
+
+def settled(reading: Reading, budgets: Sequence[Budget]) -> bool:
+    """Whether both ends of a reading's interval say the same of its budgets: then noise changes nothing."""
+    own = [budget for budget in budgets if budget.profile == reading.profile]
+    return bool(own) and all(meets(reading, budget, None) == meets(at_best(reading), budget, None) for budget in own)
 
 
 def over_every_budget(

@@ -315,7 +315,9 @@ class _Run:
             if told := frozen(work, onnxfile.load(path)):
                 self.live.note(told)
             weighed = tuple(one.profile for one in self.parts.budgets if one.memory_mb is not None)
-            station = functools.partial(Station, plan=plan, baseline=path, baseline_key=key, weighed=weighed)
+            station = functools.partial(
+                Station, plan=plan, baseline=path, baseline_key=key, weighed=weighed, budgets=self.parts.budgets
+            )
             with ExitStack() as held:
                 # matrices of a few hundred trials: threads only wait for each other, and take the trainers' cores
                 held.enter_context(threadpool_limits(1, user_api="blas"))

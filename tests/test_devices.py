@@ -30,9 +30,9 @@ from autocompress.devices import Device, Samples
 from autocompress.devices.cores import CorePlan, Cores, parse_list, plan_cores, read_cores, read_quota
 from autocompress.devices.fingerprint import check_expects, host, resolve_local, short
 from autocompress.devices.local import BENCH, LocalDevice, Unloadable
-from autocompress.devices.station import Station, measure_file
+from autocompress.devices.station import LONGER, Station, measure_file
 from autocompress.devices.statistics import MIN_BLOCKS, Window, drift, median, parts, rank, tail, width
-from autocompress.types import Interval, Numeric, Profile, Reading, TrialFailure, UserError
+from autocompress.types import Budget, Interval, Numeric, Profile, Reading, TrialFailure, UserError
 
 ONE = Profile(name="one", threads=1)
 EXAMPLE = Path(__file__).parents[1] / "examples" / "my_device.py"
@@ -627,6 +627,27 @@ def test_a_noisy_reading_is_taken_once_more_and_never_kept(files: dict[str, Path
         assert scripted.calls == 2
         assert one.measure("one", LARGE, seconds=0).noisy
         assert scripted.calls == 4
+
+
+def test_what_leaves_a_budget_open_is_timed_longer(files: dict[str, Path], tmp_path: Path) -> None:
+    for speedup, longer in ((1.0, LONGER), (1.5, 1), (0.5, 1)):  # the files are equally fast
+        scripted = Scripted(ONE, [0.01])
+        budget = Budget(profile="one", speedup=speedup)
+        with station(files["large"], cache=tmp_path / f"{speedup}", device=lambda _: scripted, budgets=[budget]) as one:  # noqa: B023
+            reading = one.measure("one", SMALL, seconds=0)
+            assert (scripted.calls, reading.rounds) == (longer, 8 * longer)
+            assert one.measure("one", SMALL, seconds=0) == reading  # kept, though it is open still
+            assert one.session("one", SMALL, seconds=0).rounds == 8  # sessions are pooled instead
+    scripted, cache = Scripted(ONE, [0.01]), tmp_path / "c"
+    with station(files["large"], cache=cache, device=lambda _: scripted) as one:
+        assert one.measure("one", SMALL, seconds=0).rounds == 8
+    (path,) = (cache / "readings").rglob("*.gz")
+    kept = json.loads(gzip.decompress(path.read_bytes()))
+    kept["reading"]["seconds"] = 0.0
+    path.write_bytes(gzip.compress(json.dumps(kept).encode()))
+    near = [Budget(profile="one", speedup=1.0)]
+    with station(files["large"], cache=cache, device=lambda _: scripted, budgets=near) as one:
+        assert one.measure("one", SMALL, seconds=0).rounds == 8 * LONGER  # what was known does not decide it
 
 
 def test_real_load_and_no_time_make_a_noisy_reading(files: dict[str, Path]) -> None:

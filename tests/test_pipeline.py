@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from autocompress import export
-from autocompress.evaluator import Checkpoint, Evaluator, at_best
+from autocompress.evaluator import Checkpoint, Evaluator
 from autocompress.models.convnet import ConvNet
 from autocompress.ops.lowrank import LowRank
 from autocompress.ops.prune import Prune
 from autocompress.ops.quantize import Quantize
+from autocompress.pareto import at_best
 from autocompress.parts import make_ops
 from autocompress.pipeline import Work, load_weights, ordered, release, rerelease, reshape, shape
 from autocompress.store import Store
@@ -315,6 +316,24 @@ def test_noise_that_leaves_no_doubt_about_the_budget_does_not_cost_a_trained_tri
     *_, (state, outcome) = Evaluator(work, close, Store(tmp_path), Restless()).evaluate(assignment())
     assert state is State.FAILED
     assert "too noisy" in outcome.reason
+
+
+def test_of_noisy_readings_the_surest_counts(work: Work, tmp_path) -> None:
+    class Worse(Clock):
+        """Noise that grows: an hour later the machine is busier."""
+
+        def __call__(self, profile_name: str, model: bytes, key: str, *, again: bool = True) -> Reading:
+            found = super().__call__(profile_name, model, key)
+            low = 0.2 / 4 ** sum(profile == profile_name for profile, _ in self.asked)
+            wide = Interval(value=2 * low, low=low, high=0.21)
+            return found.model_copy(update={"noisy": True, "ms": wide, "ratio": wide})
+
+    budgets = [Budget(profile=profile.name, speedup=3) for profile in PROFILES]
+    clock = Worse()
+    *_, (state, outcome) = Evaluator(work, budgets, Store(tmp_path), clock).evaluate(assignment())
+    assert state is State.DONE
+    assert [profile for profile, _ in clock.asked].count("one") == 3
+    assert outcome.readings["one"].ratio.low == 0.05  # the first one's
 
 
 def test_a_noisy_reading_is_infeasible_only_if_its_better_end_is_over_the_budget() -> None:

@@ -23,14 +23,16 @@ from autocompress.devices.gate import Gate, HostLock
 from autocompress.devices.kerneltable import KernelTable
 from autocompress.devices.local import Unloadable
 from autocompress.devices.statistics import MIN_BLOCKS, NARROW, Window, width
+from autocompress.pareto import settled
 from autocompress.registry import call, genuine, resolve
 from autocompress.store import cache_dir, make_folder, write_atomic
 from autocompress.tasks import Predict, several
-from autocompress.types import Profile, Reading, TrialFailure, UserError
+from autocompress.types import Budget, Profile, Reading, TrialFailure, UserError
 
 LONGEST_S = 120.0  # a model so slow that MIN_BLOCKS take longer is reported as noisy
 PORTION_S = 10.0  # of timing kernels, between which a device is asked whether it is there
 PATIENCE_S = 600.0  # for trainers to pause, or for other measurements to end
+LONGER = 4  # times as long a file is timed, at most, where its interval leaves a budget open
 PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # between tries at a device that is away; each is twice the one before
 CACHE = "set AUTOCOMPRESS_CACHE to a folder that can be written"
 FORMAT = 2  # part of every cache key: raise it when a reading comes to mean something else
@@ -51,7 +53,8 @@ class Station:
     A device that does not answer is away: what is not in the cache is refused at once until it is time to try again,
     after pauses that grow from `pause` seconds. Of locks and quiet phases only this host's are taken here; those of
     another host are taken there. Readings of the profiles `weighed` say what memory a file takes, which costs a process
-    each; those of a `session` always do.
+    each; those of a `session` always do. Where a reading's interval leaves open whether one of `budgets` is met it is
+    timed up to `LONGER` times as long: what lies near a budget is what a search looks for.
 
     `baseline_key` stands for the baseline in cache keys (a weight-free graph hash lets searches from different
     weights share readings); without it the file's sha256 does. Raises UserError for a missing baseline or a host that
@@ -70,6 +73,7 @@ class Station:
         device: Callable[[Profile], Device] | None = None,
         pause: float = PAUSE_S,
         weighed: Collection[str] = (),
+        budgets: Sequence[Budget] = (),
     ) -> None:
         if not baseline.is_file():
             raise UserError(f"no baseline model at {baseline}")
@@ -81,6 +85,7 @@ class Station:
         self._away: dict[str, Away] = {}
         self._pause = pause
         self._weighed = frozenset(weighed)
+        self._budgets = {name: tuple(one for one in budgets if one.profile == name) for name in self._profiles}
         self._turns = {host_of(profile): threading.RLock() for profile in self._profiles.values()}
         self._cache = make_folder(cache or cache_dir(), CACHE)
         self._baseline_key = baseline_key or _sha(onnxfile.load(self.baseline))
@@ -130,15 +135,17 @@ class Station:
         set and not kept. Raises TrialFailure if the model cannot be loaded or run, Unreachable while it is away.
         """
         place = self._place(profile_name, key or _sha(model if isinstance(model, bytes) else onnxfile.load(model)))
-        if (known := self._recall(place, profile_name)) is not None:
+        if (known := self._known(place, profile_name, seconds)) is not None:
             return known
         with self._turn(profile_name), self._alone(profile_name), self._file(model) as path:
-            if (known := self._recall(place, profile_name)) is not None:
+            if (known := self._known(place, profile_name, seconds)) is not None:
                 return known  # somebody measured it while we waited
             try:
                 with self._reached(profile_name) as device:
                     weigh = profile_name in self._weighed
-                    window, reading = self._take(device, profile_name, path, seconds, again=again, weigh=weigh)
+                    window, reading = self._take(
+                        device, profile_name, path, seconds, again=again, weigh=weigh, longer=LONGER
+                    )
             except Unloadable as refusal:
                 self._keep(place, {"failure": str(refusal)})
                 raise
@@ -324,23 +331,34 @@ class Station:
         *,
         again: bool = True,
         weigh: bool = False,
+        longer: int = 1,
     ) -> tuple[Window, Reading]:
-        """Time it, and once more with twice the seconds if that was noisy; then `weigh` what memory it takes."""
+        """Time it, once more with twice the seconds if that was noisy, and on up to `longer` times for a budget's sake.
+
+        Then `weigh` what memory it takes.
+        """
         cores, began = self._cores(profile_name), time.perf_counter()
+
+        def reading() -> Reading:
+            return window.reading(
+                profile_name,
+                seconds=time.perf_counter() - began - window.waited_s,
+                quiet=self.plan.quiet,
+                cores=cores,
+                host=short(self.fingerprint(profile_name)),
+                batch=self._profiles[profile_name].batch,
+            )
+
         window = self._window(device, model, seconds, cores)
         if window.noisy and again:
             window = self._window(device, model, 2 * seconds, cores)
+        for _ in range(longer - 1):
+            if window.noisy or self._decides(reading()):
+                break
+            window.add(device.time([self.baseline, model], rounds=8 * MIN_BLOCKS, seconds=seconds, cores=cores))
         if weigh and isinstance(device, TellsMemory):
             window.memory_mb = device.memory([model]).get(str(model))
-        reading = window.reading(
-            profile_name,
-            seconds=time.perf_counter() - began - window.waited_s,
-            quiet=self.plan.quiet,
-            cores=cores,
-            host=short(self.fingerprint(profile_name)),
-            batch=self._profiles[profile_name].batch,
-        )
-        return window, reading.model_copy(update={"as_is": self._another(profile_name)})
+        return window, reading().model_copy(update={"as_is": self._another(profile_name)})
 
     def _another(self, profile_name: str) -> bool:
         """Whether the device is not the one that the profile was made for, and measured on as it is."""
@@ -385,6 +403,17 @@ class Station:
         }
         name = _sha(json.dumps(parts, sort_keys=True).encode())
         return self._cache / what / name[:2] / f"{name}.json.gz", parts
+
+    def _decides(self, reading: Reading) -> bool:
+        """Whether a reading says of every budget that it is met, or that it is not."""
+        budgets = self._budgets[reading.profile]
+        return not budgets or settled(reading, budgets)
+
+    def _known(self, place: tuple[Path, dict[str, Any]], profile_name: str, seconds: float) -> Reading | None:
+        """A reading from the cache, unless it leaves a budget open that more time may decide."""
+        known = self._recall(place, profile_name)
+        long = known is not None and known.seconds > (LONGER - 1) * seconds
+        return known if known is None or long or self._decides(known) else None
 
     def _recall(self, place: tuple[Path, dict[str, Any]], profile_name: str) -> Reading | None:
         """What is known of it; raises TrialFailure where that is a refusal."""
