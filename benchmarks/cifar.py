@@ -11,8 +11,10 @@ taught by itself for as long, int8).
 Data and protocol are those of `cifar10.py`: quality of the ONNX file on test images 5000-9999, read once, drops as
 paired differences to fp32 with 95 % intervals; selection on 1000-4999. Latency: batch 1, one thread, a core of its own,
 in turn with the fp32 file. A run that was killed goes on where it was with the same command; what is done is not done
-again. `--json` keys: network, speedup, speedup_ci, drop, drop_ci, size_ratio (times smaller), minutes, certified,
-front (qualities on the selection part), arms.
+again. `--also PROFILE=SPEEDUP` asks for another device in the same search; the arms are timed on the first alone.
+
+`--json` keys: network, speedup, speedup_ci, drop, drop_ci, size_ratio (times smaller), minutes, certified, front
+(qualities on the selection part), goals (what was found for each device and for all at once), arms.
 """
 
 from __future__ import annotations
@@ -41,10 +43,11 @@ from autocompress.devices.cores import keep_to, plan_cores
 from autocompress.models.foreign import Foreign
 from autocompress.pipeline import release, weights_of
 from autocompress.store import write_atomic
-from autocompress.summary import Summary
+from autocompress.summary import Summary, Winner
 from autocompress.train import Training, reestimate_batchnorm
 from autocompress.types import Policy
 
+PROFILE = "local-1t"
 DEPTHS = {"resnet56": 56, "resnet20": 20}
 ARMS = {
     "resnet56": ("int8", "torch-pruning", "random", "resnet20", "resnet20-distilled", "finetuned"),
@@ -83,17 +86,18 @@ class Headline(Bench):
         found = Summary.model_validate_json(summary.read_bytes())
         if found.state != "finished":
             raise SystemExit(f"{out}: the search was interrupted; the same command goes on")
-        certified = bool(found.winners)
-        winner = next(iter((found.winners or found.closest).values()))
+        every = found.closest | found.winners
+        winner = every.get(PROFILE) or next(iter(every.values()))
         model = (out / winner.path / "model.onnx").read_bytes()
         facts = {
             "minutes": round(json.loads(told.read_bytes()), 1),
-            "certified": certified,
+            "certified": winner.certified,
             "trials": found.trials,
             "counts": found.counts,
             "policy": winner.policy,
             "reason": winner.reason,
             "front": front(out / "front.csv"),
+            "goals": {name: goal(one) for name, one in every.items()},
             "stages": found.seconds,
         }
         return model, facts
@@ -109,7 +113,10 @@ class Headline(Bench):
         autocompress.search(
             module,
             self.task,
-            devices=[{"profile": "local-1t", "speedup": self.asked.speedup, "size_mb": round(size, 4)}],
+            devices=[
+                {"profile": name, "speedup": speedup, "size_mb": round(size, 4)}
+                for name, speedup in ((PROFILE, self.asked.speedup), *self.asked.also)
+            ],
             # a standard error of the paired difference on 4,000 images is kept in hand
             quality={"max_drop": round(max(0.0005, (self.asked.drop - 0.3) / 100), 5)},
             searcher=searcher,
@@ -197,6 +204,27 @@ class Headline(Bench):
         return row
 
 
+def goal(winner: Winner) -> dict[str, Any]:
+    """What was found for one goal, on each of its devices."""
+    return {
+        "certified": winner.certified,
+        "reason": winner.reason,
+        "policy": winner.policy,
+        "drop": None if winner.drop is None else 100 * winner.drop,
+        "size_ratio": winner.size_ratio,
+        "devices": {
+            name: {
+                "ms": one.ms.value,
+                "speedup": one.speedup.value,
+                "speedup_ci": [one.speedup.low, one.speedup.high],
+                "batch": one.batch,
+                "drop_ci": None if one.drop_test is None else [100 * one.drop_test.low, 100 * one.drop_test.high],
+            }
+            for name, one in winner.devices.items()
+        },
+    }
+
+
 def front(path: Path) -> list[dict[str, Any]]:
     """The trade-off of the fully trained trials as the search saw it: selection part, one reading each."""
     with path.open(newline="") as file:
@@ -206,6 +234,12 @@ def front(path: Path) -> list[dict[str, Any]]:
         {"number": int(row["number"]), **{key: float(row[key]) for key in keys if row.get(key)}, "split": "selection"}
         for row in rows
     ]
+
+
+def device(text: str) -> tuple[str, float]:
+    """A profile and the speedup that is asked there."""
+    name, _, speedup = text.partition("=")
+    return name, float(speedup)
 
 
 def _elapsed(path: Path) -> float | None:
@@ -224,6 +258,7 @@ def main() -> None:
     parser.add_argument("--searcher", default="evolution")
     parser.add_argument("--speedup", type=float, default=5.0, help="the budget: times faster than fp32")
     parser.add_argument("--smaller", type=float, default=10.0, help="the budget: times smaller than the fp32 file")
+    parser.add_argument("--also", type=device, action="append", default=[], metavar="PROFILE=SPEEDUP")
     parser.add_argument("--drop", type=float, default=0.5, help="points that may be lost")
     parser.add_argument("--elastic", type=float, default=0.0, help="share of the minutes for an elastic parent")
     parser.add_argument("--workers", type=int, help="trials at once; default: all cores that are not the station's")
@@ -261,6 +296,10 @@ def main() -> None:
             f"{row.get('minutes', row['seconds'] / 60):.1f}",
         )
     console.print(view)
+    for name, one in ours["goals"].items() if len(ours["goals"]) > 1 else ():
+        told = ", ".join(f"{key} {found['speedup']:.2f}x" for key, found in one["devices"].items())
+        lost = "-" if one["drop"] is None else f"{one['drop']:+.2f}"
+        console.print(f"{name}: {told}, {lost} points lost, {one['size_ratio']:.1f} times smaller", highlight=False)
 
 
 def write(asked: argparse.Namespace, ours: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -277,6 +316,7 @@ def write(asked: argparse.Namespace, ours: dict[str, Any], rows: list[dict[str, 
         "minutes": ours["minutes"],
         "certified": ours["certified"],
         "front": ours["front"],
+        "goals": ours["goals"],
         "ours": ours,
         "arms": rows,
         "seed": asked.seed,

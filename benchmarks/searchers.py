@@ -6,6 +6,8 @@
 budget is a speedup of 1.25, up to 10 points of quality may be lost, and the rest of the front is what is counted. Seeds
 from 100 on: those below were for tuning (`--first 0`). `black` problems tell site features only; `probed` ones also a
 probe's table, whose looks are charged: the curve begins LOOK trials per choice later, and ends at the same total.
+`table` is a space of 2,916 candidates of a ResNet-20, really evaluated once (`table.py`): seeds are the searcher's,
+and a probe costs what it took beside an evaluation.
 
 `hv_ci` is the 95 % bootstrap interval of the median. `trials_to_best_peer` is the median number of trials until a run
 of ours reaches what the best peer's median has at the end of its black-box run; null for peers and where fewer than
@@ -27,7 +29,7 @@ from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,11 +40,15 @@ from autocompress.searchers import Searcher
 from autocompress.testing import ClosedForm
 from autocompress.types import Trial
 
+if TYPE_CHECKING:
+    from table import FrozenTable
+
 OURS = ("portfolio", "evolution", "policy_gradient", "gradient", "random")
 PEERS = ("optuna-tpe", "optuna-nsga2", "optuna-gp", "pymoo-nsga2", "syne-tune-morea")
 NEEDS = {"optuna": "autocompress[optuna]", "pymoo": "pymoo", "syne": "syne-tune"}
 LOOK = 0.01  # trials that a probe's look at one choice costs: no training, a few hundred samples
 SIZES = (20, 60, 200)
+TABLE = 0  # in place of genes: the frozen table
 SLOW = ("optuna-gp",)  # seconds per ask: only where --only names them
 MOVED = "policy_gradient-moved"
 TAUGHT = (20, 0, 120)  # genes, seed and trials of the search whose agent is moved
@@ -63,7 +69,7 @@ class Run:
     @property
     def problem(self) -> str:
         """Its name in the table."""
-        return f"genes-{self.genes}{'-probed' if self.probed else ''}"
+        return f"{f'genes-{self.genes}' if self.genes else 'table'}{'-probed' if self.probed else ''}"
 
 
 def made(name: str, agent: str = "") -> Callable[..., Searcher]:
@@ -101,10 +107,23 @@ def missing() -> dict[str, str]:
     return {name: NEEDS[name.split("-")[0]] for name in PEERS if name.split("-")[0] in absent}
 
 
+def drawn_from(run: Run) -> ClosedForm | FrozenTable:
+    """The problem of a run."""
+    return ClosedForm(run.genes, seed=run.seed, probe=run.probed) if run.genes else frozen(run.probed)
+
+
+@cache
+def frozen(probed: bool) -> FrozenTable:
+    """The table, read once a process."""
+    import table  # noqa: PLC0415  scikit-learn and a file of its own
+
+    return table.FrozenTable(probe=probed)
+
+
 @cache
 def whole(genes: int, seed: int) -> float:
     """Hypervolume of a problem's true front."""
-    problem = ClosedForm(genes, seed=seed)
+    problem = ClosedForm(genes, seed=seed) if genes else frozen(False)
     return pareto.hypervolume(problem.front(), problem.reference())
 
 
@@ -114,7 +133,9 @@ def search(make: Callable[..., Searcher], problem: ClosedForm, seed: int, trials
     return problem.hypervolume(told), spent
 
 
-def searched(make: Callable[..., Searcher], problem: ClosedForm, seed: int, trials: int) -> tuple[list[Trial], float]:
+def searched(
+    make: Callable[..., Searcher], problem: ClosedForm | FrozenTable, seed: int, trials: int
+) -> tuple[list[Trial], float]:
     """The trials of one search, and processor milliseconds per ask and tell."""
     searcher = make(problem.space, problem.goals, problem.limit, problem.facts, seed)
     told: list[Trial] = []
@@ -134,10 +155,10 @@ def searched(make: Callable[..., Searcher], problem: ClosedForm, seed: int, tria
 
 def curve(run: Run) -> tuple[list[float], float]:
     """Share of the true hypervolume after each trial that was paid for, and milliseconds per trial."""
-    problem = ClosedForm(run.genes, seed=run.seed, probe=run.probed)
-    looks = math.ceil(LOOK * len(problem.facts.probe))
+    problem = drawn_from(run)
+    looks = math.ceil(LOOK * len(problem.facts.probe) if isinstance(problem, ClosedForm) else problem.looks)
     told, spent = searched(made(run.searcher, run.agent), problem, run.seed, run.trials - looks)
-    total, reference = whole(run.genes, run.seed), problem.reference()
+    total, reference = whole(run.genes, run.seed if run.genes else 0), problem.reference()
     points: list[tuple[float, float]] = []
     values = [0.0] * looks
     for trial in told:
@@ -219,7 +240,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--first", type=int, default=100, help="the first seed")
     parser.add_argument("--trials", type=int)
-    parser.add_argument("--genes", type=int, nargs="*", choices=SIZES)
+    parser.add_argument("--genes", nargs="*", choices=(*map(str, SIZES), "table"))
     parser.add_argument("--only", nargs="*", help="names of the searchers to run")
     parser.add_argument("--kinds", nargs="*", choices=("black", "probed"), default=("black", "probed"))
     parser.add_argument("--workers", type=int, default=1, help="processes")
@@ -231,7 +252,10 @@ def main() -> None:
         print(f"{name} is left out: pip install '{package}'")
     wanted = [n for n in (*OURS, MOVED, *PEERS) if n not in absent]
     wanted = [n for n in wanted if (n in arguments.only if arguments.only else n not in (*SLOW, MOVED))]
-    sizes: tuple[int, ...] = arguments.genes or (SIZES[:2] if arguments.quick else SIZES)
+    there = (Path(__file__).parent / "table.json.gz").is_file()
+    sizes = (*(SIZES[:2] if arguments.quick else SIZES), *([TABLE] if there else []))
+    if arguments.genes:
+        sizes = tuple(TABLE if size == "table" else int(size) for size in arguments.genes)
     wanted.sort(key=lambda name: name not in PEERS)  # peers first: the others are held against the best of them
     arms = [
         (size, kind, name)

@@ -47,7 +47,15 @@ def test_every_profile_of_the_shelf_parses_and_says_what_it_is(name: str) -> Non
 
 
 def test_the_shelf_has_what_was_promised() -> None:
-    assert {"local-1t", "local-2t", "local-all", "local-batch8", "raspberry-pi-4", "raspberry-pi-5"} <= set(NAMES)
+    assert {
+        "local-1t",
+        "local-2t",
+        "local-all",
+        "local-batch8",
+        "local-all-batch8",
+        "raspberry-pi-4",
+        "raspberry-pi-5",
+    } <= set(NAMES)
     assert {f"x86-{kind}-{form}" for kind in ("vnni", "avx2") for form in ("1t", "all", "batch8")} <= set(NAMES)
     assert {"jetson-orin-cuda", "jetson-orin-tensorrt", "apple-silicon-cpu", "apple-silicon-coreml"} <= set(NAMES)
     assert {"openvino-cpu", "cuda", "android-cpu", "android-nnapi", "android-qnn"} <= set(NAMES)
