@@ -70,9 +70,9 @@ def test_a_fit_predicts_genotypes_that_were_not_told():
         found = fit(coding, coding.rows(told), np.array([number(g) for g in told]))
         missed = found.mean()(coding.rows(other)) - truth
         assert missed.var() < 0.1 * truth.var()
-        # What it says of its own error is about right, and draws lie about the mean.
-        left_out = float(np.sqrt(np.mean(found.left_out() ** 2)))
-        assert 0.3 < left_out / np.sqrt(np.mean(missed**2)) < 3.0
+        # What draws say of its own error is about right, and they lie about the mean.
+        unknown = np.stack([found.draw(np.random.default_rng(i))(coding.rows(other)) for i in range(50)])
+        assert 0.3 < float(np.sqrt(unknown.var(axis=0).mean())) / np.sqrt(np.mean(missed**2)) < 3.0
         draws = np.stack([found.draw(np.random.default_rng(i))(coding.rows(told)) for i in range(20)])
         assert np.abs(draws.mean(axis=0) - found.mean()(coding.rows(told))).max() < 0.5 * truth.std()
 

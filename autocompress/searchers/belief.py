@@ -143,11 +143,6 @@ class Fit:
         sampled = self.rows @ slope + noise * rng.standard_normal(len(self.y))
         return self._guess(slope, _solve(self.root, self.y - sampled))
 
-    def left_out(self) -> Array:
-        """(n,) errors of each told trial predicted from all others, in the number's own unit (R&W 2006, eq. 5.12)."""
-        inverse = _solve(self.root, np.eye(len(self.y)))
-        return self.scale * (inverse @ self.y) / np.maximum(np.diag(inverse), 1e-12)
-
     def _columns(self) -> tuple[Array, Array]:
         return _scaled(self.coding, self.own)
 
