@@ -271,6 +271,7 @@ class Table:
         repeated = self.longer(longer)
         good = {tuple(row["g"]): row for row in rows if "failed" not in row}
         pairs = [(good[g]["quality"], row["quality"]) for row in repeated if (g := tuple(row["g"])) in good]
+        agreement: Any = spearmanr([a for a, _ in pairs], [b for _, b in pairs]) if len(pairs) > 2 else (None,)
         told = {
             "space": self.space.model_dump(mode="json"),
             "facts": facts.model_dump(mode="json"),
@@ -283,7 +284,7 @@ class Table:
             ],
             "failed": sorted("".join(map(str, row["g"])) for row in rows if "failed" in row),
             "longer": [["".join(map(str, row["g"])), row["quality"]] for row in repeated],
-            "rank_correlation": float(spearmanr(*zip(*pairs, strict=True))[0]) if len(pairs) > 2 else None,
+            "rank_correlation": None if agreement[0] is None else float(agreement[0]),
         }
         out.write_bytes(gzip.compress(json.dumps(told).encode(), mtime=0))
         noisy = sum(bool(row["noisy"]) for row in good.values())

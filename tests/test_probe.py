@@ -119,6 +119,8 @@ def test_a_larger_network_is_slower(work):
         for width in (8, 256)
     )
     assert ratio(large, small, seconds=0.05) > 2
+    # idle threads of one session take no core from the other's
+    assert ratio(large, small, threads=2, seconds=0.05) > 1.5
 
 
 @given(

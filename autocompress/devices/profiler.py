@@ -84,6 +84,8 @@ class Loaded:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
+        if threads > 1:  # else a session's idle threads spin on cores that another one needs
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         self.session = onnxfile.session(model, options, ["CPUExecutionProvider"])
@@ -101,7 +103,8 @@ def ratio(model: bytes, reference: bytes, threads: int = 1, *, batch: int = 1, s
     """Latency of a file over another's, in blocks in turn. Raises TrialFailure if onnxruntime cannot run one of them.
 
     Run by run a small file would find the caches full of the other one: int8 of a ResNet-56 then takes 0.49 of its
-    float file, in blocks 0.41, and 0.43 by a station.
+    float file, in blocks 0.41, and 0.43 by a station. A ResNet-20 on four threads, eight samples at once, came to
+    anything from 0.2 to 2.3 while idle threads spun, to 0.56 to 0.57 without; a station says 0.64.
     """
     took: tuple[list[float], list[float]] = ([], [])
     try:
