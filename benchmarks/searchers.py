@@ -29,7 +29,7 @@ from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -38,7 +38,7 @@ from autocompress.charts import Scale, ticks
 from autocompress.registry import resolve
 from autocompress.searchers import Searcher
 from autocompress.testing import ClosedForm
-from autocompress.types import Trial
+from autocompress.types import Facts, Genotype, Goal, Limit, Space, Trial
 
 if TYPE_CHECKING:
     from table import FrozenTable
@@ -53,6 +53,19 @@ SLOW = ("optuna-gp",)  # seconds per ask: only where --only names them
 MOVED = "policy_gradient-moved"
 TAUGHT = (20, 0, 120)  # genes, seed and trials of the search whose agent is moved
 COLOURS = ("#0b6", "#06c", "#c40", "#90c", "#888", "#d90", "#a55", "#333", "#5aa", "#b5b")
+
+
+class Problem(Protocol):
+    """What a searcher is told, and what tells how its candidates ended."""
+
+    space: Space
+    goals: tuple[Goal, ...]
+    limit: Limit
+    facts: Facts
+
+    def trial(self, number: int, g: Genotype, note: dict[str, object] | None = None) -> Trial:
+        """The ended trial of a genotype."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -133,9 +146,7 @@ def search(make: Callable[..., Searcher], problem: ClosedForm, seed: int, trials
     return problem.hypervolume(told), spent
 
 
-def searched(
-    make: Callable[..., Searcher], problem: ClosedForm | FrozenTable, seed: int, trials: int
-) -> tuple[list[Trial], float]:
+def searched(make: Callable[..., Searcher], problem: Problem, seed: int, trials: int) -> tuple[list[Trial], float]:
     """The trials of one search, and processor milliseconds per ask and tell."""
     searcher = make(problem.space, problem.goals, problem.limit, problem.facts, seed)
     told: list[Trial] = []

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from autocompress.types import (
     Budget,
     Facts,
     Genotype,
+    Goal,
     Interval,
     Limit,
     Outcome,
@@ -38,6 +40,59 @@ FILE = Path(__file__).parent / "table.json.gz"
 SPEEDUP, DROP = 1.25, 0.1  # the budget, and the quality that may be lost: those of the closed forms
 
 
+class Looked(Protocol):
+    """A problem whose candidates are each evaluated once: `space`, `goals`, `limit` and `facts` are what it is."""
+
+    space: Space
+    facts: Facts
+    goals: tuple[Goal, ...]
+    limit: Limit
+
+    def of(self, g: Genotype) -> tuple[float, float] | None:
+        """(quality, latency over the network's own) of a genotype; None of one that failed."""
+        ...
+
+
+def asked(facts: Facts, drop: float = DROP) -> tuple[tuple[Goal, ...], Limit]:
+    """The goals and the limit that hold for such a problem, where so much quality may be lost."""
+    assert facts.baseline_quality is not None
+    goals = pareto.goals([Budget(profile=name, speedup=SPEEDUP) for name in facts.baseline])
+    return goals, Limit(metric="accuracy", floor=facts.baseline_quality.value.value - drop)
+
+
+def reference(problem: Looked) -> tuple[float, float]:
+    """Reference point of the hypervolume: the quality floor and the latency budget."""
+    return problem.limit.floor, 1 / SPEEDUP
+
+
+def front(problem: Looked, every: Iterable[tuple[float, float] | None]) -> tuple[tuple[float, float], ...]:
+    """Of (quality, ratio) those that hold budget and floor and that none of the others beats, fastest first."""
+    floor, most = reference(problem)
+    held = sorted((one[1], -one[0]) for one in every if one and one[0] >= floor and one[1] <= most)
+    best, found = -np.inf, []
+    for ratio, lost in held:
+        if -lost > best:
+            best = -lost
+            found.append((best, ratio))
+    return tuple(found)
+
+
+def trial(problem: Looked, number: int, g: Genotype, note: dict[str, object] | None = None) -> Trial:
+    """The ended trial of a genotype: done, infeasible by its latency, or failed."""
+    g = sp.canonical(problem.space, g)
+    found = problem.of(g)
+    if found is None:
+        return Trial(number=number, genotype=g, state=State.FAILED, outcome=Outcome(reason="failed"))
+    quality, ratio = found
+    readings = {name: _reading(name, whole.ms.value, ratio) for name, whole in problem.facts.baseline.items()}
+    if number and ratio > 1 / SPEEDUP:
+        outcome = Outcome(readings=readings, reason="over every budget")
+        return Trial(number=number, genotype=g, state=State.INFEASIBLE, outcome=outcome, note=note or {})
+    said = Quality(metric="accuracy", split="selection", value=_exact(quality), samples=2000)
+    outcome = Outcome(fidelity=1.0, readings=readings, quality=dict.fromkeys(readings, said))
+    return Trial(number=number, genotype=g, state=State.DONE, outcome=outcome, note=note or {})
+
+
 class FrozenTable:
     """The problem: `space`, `goals`, `limit`, `facts`; without `probe` the facts are what a network says of itself."""
 
@@ -46,51 +101,39 @@ class FrozenTable:
         self.space = Space.model_validate(told["space"])
         facts = Facts.model_validate(told["facts"])
         self.facts = facts if probe else facts.model_copy(update={"probe": (), "integers": {}})
-        (self.profile, self.baseline) = next(iter(facts.baseline.items()))
         self.rows = {_digits(g): (quality, ratio) for g, quality, _, ratio, _ in told["rows"]}
         self.failed = {_digits(g) for g in told["failed"]}
         self.looks = told["seconds"]["probe"] / told["seconds"]["evaluation"] if probe else 0.0
-        self.goals = pareto.goals((Budget(profile=self.profile, speedup=SPEEDUP),))
-        assert facts.baseline_quality is not None
-        self.limit = Limit(metric="accuracy", floor=facts.baseline_quality.value.value - DROP)
+        self.goals, self.limit = asked(facts)
+
+    def of(self, g: Genotype) -> tuple[float, float] | None:
+        """(quality, latency over the network's own) of a genotype; None of one that failed."""
+        g = sp.canonical(self.space, g)
+        if g in self.failed:
+            return None
+        return self.rows[g] if g in self.rows else self.lacking[g]
 
     def quality(self, g: Genotype) -> float:
-        """Accuracy of a genotype."""
-        return self._of(g)[0]
+        """Accuracy of a genotype, 0 of one that failed."""
+        found = self.of(g)
+        return found[0] if found else 0.0
 
     def ratio(self, g: Genotype) -> float:
         """Latency over the network's own."""
-        return self._of(g)[1]
+        found = self.of(g)
+        return found[1] if found else 1.0
 
     def trial(self, number: int, g: Genotype, note: dict[str, object] | None = None) -> Trial:
-        """The ended trial of a genotype: done, infeasible by its latency, or failed."""
-        g = sp.canonical(self.space, g)
-        if g in self.failed:
-            return Trial(number=number, genotype=g, state=State.FAILED, outcome=Outcome(reason="failed"))
-        quality, ratio = self._of(g)
-        readings = {self.profile: self._reading(ratio)}
-        if number and ratio > 1 / SPEEDUP:
-            outcome = Outcome(readings=readings, reason="over every budget")
-            return Trial(number=number, genotype=g, state=State.INFEASIBLE, outcome=outcome, note=note or {})
-        found = Quality(metric="accuracy", split="selection", value=_exact(quality), samples=2000)
-        outcome = Outcome(fidelity=1.0, readings=readings, quality={self.profile: found})
-        return Trial(number=number, genotype=g, state=State.DONE, outcome=outcome, note=note or {})
+        """See `trial`."""
+        return trial(self, number, g, note)
 
     def reference(self) -> tuple[float, float]:
-        """Reference point of the hypervolume: the quality floor and the latency budget."""
-        return self.limit.floor, 1 / SPEEDUP
+        """See `reference`."""
+        return reference(self)
 
     def front(self) -> tuple[tuple[float, float], ...]:
         """(quality, ratio) of what no candidate of the whole space beats, those that hold budget and floor."""
-        every = [self._of(g) for g in sp.every(self.space) if g not in self.failed]
-        floor, most = self.reference()
-        held = sorted((ratio, -quality) for quality, ratio in every if quality >= floor and ratio <= most)
-        best, found = -np.inf, []
-        for ratio, lost in held:
-            if -lost > best:
-                best = -lost
-                found.append((best, ratio))
-        return tuple(found)
+        return front(self, map(self.of, sp.every(self.space)))
 
     @cached_property
     def lacking(self) -> dict[Genotype, tuple[float, float]]:
@@ -108,26 +151,23 @@ class FrozenTable:
         wrong = np.abs(cross_val_predict(_trees(), inputs, targets, cv=5) - targets).mean(0)
         return {"points": float(100 * wrong[0]), "latency": float(wrong[1])}
 
-    def _of(self, g: Genotype) -> tuple[float, float]:
-        g = sp.canonical(self.space, g)
-        return self.rows[g] if g in self.rows else self.lacking[g]
-
     def _arrays(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         inputs = np.array(list(self.rows), float)
         return inputs, np.array([(quality, np.log(ratio)) for quality, ratio in self.rows.values()])
 
-    def _reading(self, ratio: float) -> Reading:
-        whole = self.baseline.ms.value
-        ms = _exact(ratio * whole)
-        return Reading(
-            profile=self.profile,
-            ms=ms,
-            p95_ms=ms,
-            baseline_ms=_exact(whole),
-            ratio=_exact(ratio),
-            samples=100,
-            rounds=3,
-        )
+
+def _reading(name: str, whole: float, ratio: float) -> Reading:
+    """Milliseconds and ratio as if they had been read without error."""
+    ms = _exact(ratio * whole)
+    return Reading(
+        profile=name,
+        ms=ms,
+        p95_ms=ms,
+        baseline_ms=_exact(whole),
+        ratio=_exact(ratio),
+        samples=100,
+        rounds=3,
+    )
 
 
 def _trees() -> Any:

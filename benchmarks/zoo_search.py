@@ -95,9 +95,11 @@ def trained(name: str, training: Training, epochs: int) -> None:
         sys.stderr.write(f"{name}: epoch {epoch} of {epochs}, loss {done['loss']:.3f}\n")
 
 
-def fashion() -> dict[str, Any]:
+def fashion(selection: int = 4000) -> dict[str, Any]:
     """What a search of the MobileNet is told."""
-    task = Images(folder("fashion-mnist"), mean=0.286, std=0.353, augment="flip", selection=4000, training={"lr": 0.03})
+    task = Images(
+        folder("fashion-mnist"), mean=0.286, std=0.353, augment="flip", selection=selection, training={"lr": 0.03}
+    )
     path = kept("fashion", MOBILE, SEED)
     torch.manual_seed(SEED)
     module = MobileNet(1)
