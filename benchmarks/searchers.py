@@ -6,8 +6,8 @@
 budget is a speedup of 1.25, up to 10 points of quality may be lost, and the rest of the front is what is counted. Seeds
 from 100 on: those below were for tuning (`--first 0`). `black` problems tell site features only; `probed` ones also a
 probe's table, whose looks are charged: the curve begins LOOK trials per choice later, and ends at the same total.
-`table` is a space of 2,916 candidates of a ResNet-20, really evaluated once (`table.py`): seeds are the searcher's,
-and a probe costs what it took beside an evaluation.
+`table` is a space of 2,916 candidates of a ResNet-20, really evaluated once (`table.py`; there 20 points): seeds are
+the searcher's, and a probe costs what it took beside an evaluation.
 
 `hv_ci` is the 95 % bootstrap interval of the median. `trials_to_best_peer` is the median number of trials until a run
 of ours reaches what the best peer's median has at the end of its black-box run; null for peers and where fewer than

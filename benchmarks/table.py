@@ -37,7 +37,8 @@ from autocompress.types import (
 )
 
 FILE = Path(__file__).parent / "table.json.gz"
-SPEEDUP, DROP = 1.25, 0.1  # the budget, and the quality that may be lost: those of the closed forms
+SPEEDUP = 1.25  # the budget, that of the closed forms
+DROP = 0.2  # the quality that may be lost: 150 steps leave even an unchanged structure five points below the network
 
 
 class Looked(Protocol):
