@@ -81,8 +81,8 @@ def pool(readings: Sequence[Reading]) -> Reading:
 
     Median and ratio are means of logarithms; the half width is the larger of what spread within the sessions and of
     what spread between them allow, the latter with Student's t (the modified Hartung-Knapp interval: Knapp and Hartung
-    2003, section 3, equal weights). The worst session gives p95, p99, load time, memory and drift. Raises ValueError
-    for no readings, or of two devices.
+    2003, section 3, equal weights). The worst session gives p95, p99, load time, memory, drift and slowing. Raises
+    ValueError for no readings, or of two devices.
     """
     if not readings:
         raise ValueError("no readings to pool")
@@ -115,6 +115,7 @@ def pool(readings: Sequence[Reading]) -> Reading:
         as_is=any(reading.as_is for reading in readings),
         energy_mj=mean(energies) if (energies := [e for r in readings if (e := r.energy_mj) is not None]) else None,
         drift=max((reading.drift for reading in readings), key=abs),
+        slowed=max(reading.slowed for reading in readings),
     )
 
 

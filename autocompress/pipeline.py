@@ -59,7 +59,7 @@ FIRST_LOOK = 32  # calibration images for the latency-first file: ranges do not 
 
 
 class Gate(Protocol):
-    """Where measuring needs quiet, trainers hold the gate while they compute and let it go at step boundaries."""
+    """Trainers hold the gate while they compute, and let it go at step boundaries where measuring needs quiet."""
 
     def working(self) -> AbstractContextManager[None]:
         """Hold the gate while computing."""
@@ -71,7 +71,7 @@ class Gate(Protocol):
 
 
 class OpenGate:
-    """No quiet phases: the station has cores of its own."""
+    """No quiet phases: nobody measures meanwhile."""
 
     def working(self) -> AbstractContextManager[None]:
         """Nothing to hold."""

@@ -337,7 +337,7 @@ class _Run:
                 donor = store.put((self.out / "baseline" / ELASTIC).read_bytes()) if shared else ""
                 work = with_donor(work, store.get(donor) if donor else None)
                 with self.stage("search"):
-                    make = MakeEvaluator(self.parts, sha, plan.quiet, baseline.facts.bf16, exporter, donor=donor)
+                    make = MakeEvaluator(self.parts, sha, baseline.facts.bf16, exporter, donor=donor)
                     self.execute(controller, store, make, mine, station, session)
                 if isinstance(controller.searcher, Keeper):
                     controller.searcher.save(self.out)

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from autocompress import pareto, ranks, space, surrogate
 from autocompress.certify import Certificate
+from autocompress.devices.statistics import SLOW
 from autocompress.types import (
     Budget,
     Candidate,
@@ -47,7 +48,7 @@ DRIFT = 0.02  # of the baseline during a measurement: above it the reader is tol
 CSV_COLUMNS = (
     "number", "state", "attempt", "device", "front", "fidelity", "quality", "quality_low", "quality_high", "drop",
     "ms", "ms_low", "ms_high", "p95_ms", "p95_low", "p95_high", "ratio", "ratio_low", "ratio_high", "speedup",
-    "throughput", "memory_mb", "load_ms", "energy_mj", "drift", "size_mb", "macs", "parameters",
+    "throughput", "memory_mb", "load_ms", "energy_mj", "drift", "slowed", "size_mb", "macs", "parameters",
     "budget_met", "genotype", "policy",
 )  # fmt: skip
 
@@ -110,6 +111,7 @@ class Figures(Record):
     load_ms: float = 0.0
     energy_mj: float | None = None
     drift: float = 0.0  # of the baseline while it was measured, as a share
+    slowed: float = 0.0  # the baseline's, against its fastest there, as a share
 
 
 class Winner(Record):
@@ -250,11 +252,12 @@ def figures(
         load_ms=reading.load_ms,
         energy_mj=reading.energy_mj,
         drift=reading.drift,
+        slowed=reading.slowed,
     )
 
 
 def beside(found: Figures, budget: Budget | None) -> tuple[str, ...]:
-    """What a budget asks beside speed and size, and a batch's throughput, in words; a baseline that drifted, last.
+    """What a budget asks beside speed and size, and a batch's throughput, in words; what disturbed it, last.
 
     `p95 0.057 ms (0.051 to 0.060)`, `2310 samples/s (2290 to 2330)`, `12.1 MB of memory`. Of a file that decides by
     its input first what its time depends on: `mean of 64 inputs, p50 0.31, p95 0.57, p99 0.61, worst 0.60 ms`.
@@ -276,6 +279,8 @@ def beside(found: Figures, budget: Budget | None) -> tuple[str, ...]:
         words.append("memory unknown")
     if abs(found.drift) > DRIFT:
         words.append(f"the baseline drifted by {found.drift:+.1%}")
+    if found.slowed > SLOW:
+        words.append(f"the device was {found.slowed:.0%} slower than at its fastest")
     return tuple(words)
 
 
@@ -432,7 +437,7 @@ def front_csv(space_: Space, goals: Sequence[Goal], limit: Limit, facts: Facts, 
                 reading.ms.value, reading.ms.low, reading.ms.high,
                 reading.p95_ms.value, reading.p95_ms.low, reading.p95_ms.high,
                 reading.ratio.value, reading.ratio.low, reading.ratio.high, reading.speedup, reading.throughput.value,
-                _known(reading.memory_mb), reading.load_ms, _known(reading.energy_mj), reading.drift,
+                _known(reading.memory_mb), reading.load_ms, _known(reading.energy_mj), reading.drift, reading.slowed,
                 _known(size), trial.outcome.macs, trial.outcome.parameters, met,
                 genotype_hash(trial.genotype), words,
             ])  # fmt: skip

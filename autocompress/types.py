@@ -237,7 +237,7 @@ class Reading(Record):
     samples: int
     rounds: int
     noisy: bool = False
-    quiet: bool = False  # taken in a quiet phase (trainers paused) rather than on reserved cores
+    quiet: bool = False  # taken in a quiet phase (trainers paused)
     cores: tuple[int, ...] = ()
     fingerprint: str = ""  # short hash of the device's fingerprint
     as_is: bool = False  # that device is not the one that the profile was made for
@@ -247,6 +247,7 @@ class Reading(Record):
     memory_mb: float | None = None  # peak of a process that loads and runs the file, beyond what it needs without
     energy_mj: float | None = None  # of the processor package per run, where the target tells it
     drift: float = 0.0  # change of the baseline from the window's first third to its last, as a share
+    slowed: float = 0.0  # how much slower the baseline was than at its fastest on this device, as a share
     # What a session's reading was made of. Not in its JSON: an artifact keeps them apart, compressed.
     runs: Runs | None = Field(default=None, exclude=True, repr=False)
 

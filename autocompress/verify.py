@@ -23,6 +23,7 @@ from autocompress.devices import host_of
 from autocompress.devices.cores import plan_cores
 from autocompress.devices.fingerprint import check_expects, host, resolve_local, short
 from autocompress.devices.station import Station
+from autocompress.devices.statistics import SLOW
 from autocompress.models import Builder
 from autocompress.pipeline import timed
 from autocompress.summary import DRIFT
@@ -401,6 +402,8 @@ class _Run:
             parts.append(f"{was}, {old.speedup:.2f}x" if self.baseline else was)
         if abs(reading.drift) > DRIFT:
             parts.append(f"times drifted by {reading.drift:+.1%} in a session")
+        if reading.slowed > SLOW:
+            parts.append(f"the device was {reading.slowed:.0%} slower than at its fastest in a session")
         if reading.as_is:
             parts.append("on another device than the profile was made for")
         if reading.noisy:

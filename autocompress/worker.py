@@ -34,7 +34,6 @@ class MakeEvaluator:
 
     parts: Parts
     parent: str  # sha256 of the parent's weights
-    quiet: bool
     bf16: bool | None = None
     exporter: Exporter = "torchscript"  # one per run: the two give different graphs and names
     threads: int = 1
@@ -44,8 +43,7 @@ class MakeEvaluator:
         """Called once per worker process."""
         torch.set_num_threads(self.threads)
         parent = load_weights(self.parts.builder.build({}), files.get(self.parent))
-        gate: WorkGate = Gate() if self.quiet else OpenGate()
-        work = make_work(self.parts, parent, gate, bf16=self.bf16, exporter=self.exporter)
+        work = make_work(self.parts, parent, Gate(), bf16=self.bf16, exporter=self.exporter)
         work = with_donor(work, files.get(self.donor) if self.donor else None)
         search = self.parts.job.search
         weighs = weigh if search.screen else None  # it holds the station for some 10 ms per kernel that is new

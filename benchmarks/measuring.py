@@ -42,6 +42,7 @@ from subjects import ResNet, Subject, file, genotypes, subject
 from autocompress import load, surrogate
 from autocompress.devices.cores import CorePlan, keep_to, plan_cores
 from autocompress.devices.fingerprint import resolve_local
+from autocompress.devices.gate import Gate
 from autocompress.devices.local import LocalDevice
 from autocompress.devices.station import Station
 from autocompress.devices.statistics import Window
@@ -230,17 +231,20 @@ def trainers(cores: Sequence[int]) -> Iterator[None]:
 
 
 def train(cores: Sequence[int], begun: Any) -> None:
-    """Train a ResNet-20 on noise until killed."""
+    """Train a ResNet-20 on noise until killed; where a measurement asks for it, pause as a search's trainers do."""
     keep_to(cores)
     torch.set_num_threads(1)
+    gate = Gate()
     module = ResNet(20)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
     inputs, targets = torch.randn(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,))
-    while os.getppid() != 1:
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(module(inputs), targets).backward()
-        optimizer.step()
-        begun.set()
+    with gate.working():
+        while os.getppid() != 1:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(module(inputs), targets).backward()
+            optimizer.step()
+            begun.set()
+            gate.step()
 
 
 # --- figures ------------------------------------------------------------------------------------------------------

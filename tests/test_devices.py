@@ -29,6 +29,7 @@ from autocompress import load
 from autocompress.devices import Device, Samples
 from autocompress.devices.cores import CorePlan, Cores, parse_list, plan_cores, read_cores, read_quota
 from autocompress.devices.fingerprint import check_expects, host, resolve_local, short
+from autocompress.devices.gate import Gate
 from autocompress.devices.local import BENCH, LocalDevice, Unloadable
 from autocompress.devices.station import LONGER, Station, measure_file
 from autocompress.devices.statistics import MIN_BLOCKS, Window, drift, median, parts, rank, tail, width
@@ -655,6 +656,80 @@ def test_real_load_and_no_time_make_a_noisy_reading(files: dict[str, Path]) -> N
     with burning(3, plan.station), station(files["slow"], plan=plan) as one:
         reading = one.measure("one", conv_net(56, 8, 48), seconds=0.01)
     assert reading.noisy
+
+
+TRAINER = """
+import os, sys, time
+from pathlib import Path
+from autocompress.devices.gate import Gate
+os.sched_setaffinity(0, eval(sys.argv[1]))
+gate = Gate()
+with gate.working():
+    Path(sys.argv[2]).touch()
+    while True:
+        until = time.monotonic() + 0.02
+        while time.monotonic() < until:
+            pass
+        gate.step()
+"""
+
+
+def test_trainers_that_slow_the_station_pause_for_it(files: dict[str, Path], tmp_path: Path) -> None:
+    plan = plan_cores([ONE])
+    if plan.quiet:
+        pytest.skip("one core: trainers pause for every reading")
+    with station(files["slow"], plan=plan) as one:
+        before = one.measure("one", SMALL)
+        script = [sys.executable, "-c", TRAINER, repr(set(plan.station)), str(tmp_path / "works")]
+        with subprocess.Popen(script) as trainer:  # on the station's own core, as a thread of the same one would be
+            try:
+                while not (tmp_path / "works").exists():
+                    time.sleep(0.02)
+                beside = one.measure("one", conv_net(56, 8, 48))
+            finally:
+                trainer.kill()
+    assert not before.quiet
+    assert beside.quiet
+    assert not beside.noisy
+    assert beside.baseline_ms.value < 1.5 * before.baseline_ms.value  # two on a core take twice as long
+
+
+class Throttled(Scripted):
+    """A device that becomes slower by itself, and fast again; each answer takes the next of `times`."""
+
+    def __init__(self, profile: Profile, times: Sequence[float]) -> None:
+        super().__init__(profile, [0.001])
+        self.times = times
+
+    def time(self, models: Sequence[Path], *, rounds: int, seconds: float, cores: Sequence[int] = ()) -> Samples:
+        factor = self.times[self.calls]
+        found = super().time(models, rounds=rounds, seconds=seconds, cores=cores)
+        slower = {name: tuple(factor * ms for ms in row) for name, row in found.times_ms.items()}
+        return found.model_copy(update={"times_ms": slower})
+
+
+def test_a_device_that_is_slow_by_itself_is_said_and_not_kept(files: dict[str, Path], tmp_path: Path) -> None:
+    scripted = Throttled(ONE, [1.0, 1.2, 1.2, 1.2, 1.0, 1.2, 1.0])
+    with station(files["large"], cache=tmp_path / "c", device=lambda _: scripted) as one:
+
+        def taken(key: str) -> tuple[float, bool, int]:
+            found = one.measure("one", SMALL, key)
+            return round(found.slowed, 1), found.quiet, scripted.calls
+
+        assert taken("a") == (0.0, False, 1)
+        assert taken("b") == (0.2, True, 3)  # the pause bettered nothing
+        assert taken("c") == (0.2, False, 4)  # so nobody pauses again
+        assert taken("b") == (0.0, False, 5)
+        assert taken("d") == (0.0, True, 7)
+        assert taken("b") == (0.0, False, 7)
+
+
+def test_trainers_that_do_not_pause_hold_nothing_up(files: dict[str, Path], tmp_path: Path) -> None:
+    gate, scripted = Gate(tmp_path), Throttled(ONE, [1.0, 1.2])
+    with gate.working(), station(files["large"], gate=Gate(tmp_path), device=lambda _: scripted) as one:
+        one.measure("one", SMALL, "a")
+        found = one.measure("one", SMALL, "b")
+    assert (round(found.slowed, 1), found.quiet, scripted.calls) == (0.2, False, 2)
 
 
 def test_a_refused_file_is_remembered_and_a_crash_is_not(files: dict[str, Path]) -> None:

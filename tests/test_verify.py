@@ -105,7 +105,7 @@ def test_every_budget_goes_from_the_job_to_every_page(out: Path) -> None:
     assert all(float(row["p95_low"]) <= float(row["p95_ms"]) <= float(row["p95_high"]) for row in rows)
     assert all(float(row["throughput"]) > 1 for row in rows)
     assert all(float(row["memory_mb"]) > 0 for row in rows if row["number"] != "0")  # the search asked for it
-    assert all(row["drift"] != "" for row in rows)
+    assert all(row["drift"] != "" and row["slowed"] != "" for row in rows)
     found = summary.read(out)
     assert found is not None
     (winner,) = [*found.winners.values(), *found.closest.values()]
@@ -125,7 +125,9 @@ def test_every_budget_goes_from_the_job_to_every_page(out: Path) -> None:
     assert "MB of memory" in said[0]
     drifted = figures.model_copy(update={"drift": 0.031, "memory_mb": None})
     assert summary.beside(drifted, ASKED)[-2:] == ("memory unknown", "the baseline drifted by +3.1%")
-    assert summary.beside(figures.model_copy(update={"drift": 0.0, "memory_mb": None}), None) == ()
+    slow = figures.model_copy(update={"drift": 0.0, "slowed": 0.12, "memory_mb": None})
+    assert summary.beside(slow, None) == ("the device was 12% slower than at its fastest",)
+    assert summary.beside(slow.model_copy(update={"slowed": 0.0}), None) == ()
 
 
 def test_check_shows_what_is_asked_and_what_certifying_takes(tmp_path: Path) -> None:

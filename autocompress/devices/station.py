@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import threading
 import time
 import zlib
@@ -22,7 +23,7 @@ from autocompress.devices.fingerprint import check_same, identity, resolve_local
 from autocompress.devices.gate import Gate, HostLock
 from autocompress.devices.kerneltable import KernelTable
 from autocompress.devices.local import Unloadable
-from autocompress.devices.statistics import MIN_BLOCKS, NARROW, Window, width
+from autocompress.devices.statistics import MIN_BLOCKS, NARROW, SLOW, Window, width
 from autocompress.pareto import settled
 from autocompress.registry import call, genuine, resolve
 from autocompress.store import cache_dir, make_folder, write_atomic
@@ -32,10 +33,11 @@ from autocompress.types import Budget, Profile, Reading, TrialFailure, UserError
 LONGEST_S = 120.0  # a model so slow that MIN_BLOCKS take longer is reported as noisy
 PORTION_S = 10.0  # of timing kernels, between which a device is asked whether it is there
 PATIENCE_S = 600.0  # for trainers to pause, or for other measurements to end
+LET_GO_S = 5.0  # for them to reach a step boundary then
 LONGER = 4  # times as long a file is timed, at most, where its interval leaves a budget open
 PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # between tries at a device that is away; each is twice the one before
 CACHE = "set AUTOCOMPRESS_CACHE to a folder that can be written"
-FORMAT = 2  # part of every cache key: raise it when a reading comes to mean something else
+FORMAT = 3  # part of every cache key: raise it when a reading comes to mean something else
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Station:
     another host are taken there. Readings of the profiles `weighed` say what memory a file takes, which costs a process
     each; those of a `session` always do. Where a reading's interval leaves open whether one of `budgets` is met it is
     timed up to `LONGER` times as long: what lies near a budget is what a search looks for.
+
+    Trainers that have cores of their own can slow the station's nevertheless: a virtual machine does not tell which of
+    its cores are two threads of one, and that changes. Integers lose twice as much by it as floats, so a ratio is
+    wrong too. Where the baseline is slower than it was, by `SLOW`, or a reading is noisy, the trainers of this host
+    pause and the file is timed again.
 
     `baseline_key` stands for the baseline in cache keys (a weight-free graph hash lets searches from different
     weights share readings); without it the file's sha256 does. Raises UserError for a missing baseline or a host that
@@ -89,7 +96,9 @@ class Station:
         self._turns = {host_of(profile): threading.RLock() for profile in self._profiles.values()}
         self._cache = make_folder(cache or cache_dir(), CACHE)
         self._baseline_key = baseline_key or _sha(onnxfile.load(self.baseline))
-        self._gate = (gate or Gate()) if plan.quiet else None
+        self._gate = gate or Gate()
+        self._fastest: dict[str, float] = {}  # the baseline's milliseconds, at their best so far
+        self._usual: dict[str, float] = {}  # the same, or what they were when trainers last paused
         self._lock = HostLock()
         self._tables: dict[str, KernelTable] = {}
         self._ready = False
@@ -132,7 +141,8 @@ class Station:
         `key` says what decides the latency of the model (a weight-free graph hash); without it the file's sha256
         does. `seconds` bounds the timing, not the loading; a very slow model takes longer, since fewer than eight
         blocks give no interval. A noisy reading is taken `again` with twice the time, then returned with `noisy`
-        set and not kept. Raises TrialFailure if the model cannot be loaded or run, Unreachable while it is away.
+        set and not kept; nor is one of a device that is slower than it was. Raises TrialFailure if the model cannot
+        be loaded or run, Unreachable while it is away.
         """
         place = self._place(profile_name, key or _sha(model if isinstance(model, bytes) else onnxfile.load(model)))
         if (known := self._known(place, profile_name, seconds)) is not None:
@@ -149,7 +159,7 @@ class Station:
             except Unloadable as refusal:
                 self._keep(place, {"failure": str(refusal)})
                 raise
-        if not reading.noisy:
+        if not reading.noisy and reading.slowed <= SLOW:
             times = dict(zip(("model", "baseline"), window.times_ms, strict=True))
             raw = {
                 "times_ms": {name: [round(ms, 5) for ms in row] for name, row in times.items()},
@@ -178,7 +188,9 @@ class Station:
                             return {}
                         known = {"counts": device.kernels(path, (), seconds=PORTION_S, cores=cores).counts}
                         while missing := table.missing(known["counts"]):
-                            table.add(device.kernels(path, missing, seconds=PORTION_S, cores=cores).ratios)
+                            with ExitStack() as held:
+                                self._trainers_pause(held, profile_name)
+                                table.add(device.kernels(path, missing, seconds=PORTION_S, cores=cores).ratios)
                 except Unloadable as refusal:
                     self._keep(place, {"failure": str(refusal)})
                     raise
@@ -252,11 +264,21 @@ class Station:
         with ExitStack() as held:
             try:
                 held.enter_context(self._lock.held(f"profile {profile_name}", PATIENCE_S))
-                if self._gate:
+                if self.plan.quiet:
                     held.enter_context(self._gate.quiet(PATIENCE_S))
             except TimeoutError as error:
                 raise TrialFailure(f"could not measure on {profile_name}: {error}") from error
             yield
+
+    def _trainers_pause(self, held: ExitStack, profile_name: str) -> bool:
+        """Let this host's trainers pause until `held` is closed; whether they do. They are not waited for as long."""
+        if self.plan.quiet or host_of(self._profiles[profile_name]):
+            return False
+        try:
+            held.enter_context(self._gate.quiet(LET_GO_S))
+        except TimeoutError:
+            return False
+        return True
 
     def _turn(self, profile_name: str) -> threading.RLock:
         """One thread at a time on each host."""
@@ -333,32 +355,50 @@ class Station:
         weigh: bool = False,
         longer: int = 1,
     ) -> tuple[Window, Reading]:
-        """Time it, once more with twice the seconds if that was noisy, and on up to `longer` times for a budget's sake.
+        """Time it; once more beside pausing trainers if that was noisy (for twice as long) or the device slow.
 
-        Then `weigh` what memory it takes.
+        Then on, up to `longer` times, for a budget's sake; then `weigh` what memory it takes.
         """
         cores, began = self._cores(profile_name), time.perf_counter()
+        with ExitStack() as held:
+            window, paused = self._window(device, model, seconds, cores), False
+            anew = window.noisy and again
+            if anew or window.baseline_ms.value > (1 + SLOW) * self._usual.get(profile_name, math.inf):
+                paused = self._trainers_pause(held, profile_name)
+                if anew or paused:
+                    window = self._window(device, model, 2 * seconds if anew else seconds, cores)
 
-        def reading() -> Reading:
-            return window.reading(
-                profile_name,
-                seconds=time.perf_counter() - began - window.waited_s,
-                quiet=self.plan.quiet,
-                cores=cores,
-                host=short(self.fingerprint(profile_name)),
-                batch=self._profiles[profile_name].batch,
-            )
+            def reading() -> Reading:
+                found = window.reading(
+                    profile_name,
+                    seconds=time.perf_counter() - began - window.waited_s,
+                    quiet=self.plan.quiet or paused,
+                    cores=cores,
+                    host=short(self.fingerprint(profile_name)),
+                    batch=self._profiles[profile_name].batch,
+                )
+                return found.model_copy(update={"slowed": self._slowed(found)})
 
-        window = self._window(device, model, seconds, cores)
-        if window.noisy and again:
-            window = self._window(device, model, 2 * seconds, cores)
-        for _ in range(longer - 1):
-            if window.noisy or self._decides(reading()):
-                break
-            window.add(device.time([self.baseline, model], rounds=8 * MIN_BLOCKS, seconds=seconds, cores=cores))
+            for _ in range(longer - 1):
+                if window.noisy or self._decides(reading()):
+                    break
+                window.add(device.time([self.baseline, model], rounds=8 * MIN_BLOCKS, seconds=seconds, cores=cores))
+        if not window.noisy:
+            self._seen(reading(), paused=paused)
         if weigh and isinstance(device, TellsMemory):
             window.memory_mb = device.memory([model]).get(str(model))
         return window, reading().model_copy(update={"as_is": self._another(profile_name)})
+
+    def _slowed(self, reading: Reading) -> float:
+        """How much slower the baseline was than at its fastest, as a share."""
+        fastest = self._fastest.get(reading.profile, math.inf)
+        return round(max(reading.baseline_ms.value / fastest - 1, 0.0), 4)
+
+    def _seen(self, reading: Reading, *, paused: bool = False) -> None:
+        """Remember how fast the baseline was. What a pause did not better is usual: trainers are not to blame."""
+        name, ms = reading.profile, reading.baseline_ms.value
+        self._fastest[name] = min(ms, self._fastest.get(name, math.inf))
+        self._usual[name] = ms if paused else min(ms, self._usual.get(name, math.inf))
 
     def _another(self, profile_name: str) -> bool:
         """Whether the device is not the one that the profile was made for, and measured on as it is."""
@@ -424,7 +464,9 @@ class Station:
             reading = Reading.model_validate(kept["reading"])
         except (ValueError, LookupError):
             return None
-        return reading.model_copy(update={"profile": profile_name, "as_is": self._another(profile_name)})
+        reading = reading.model_copy(update={"profile": profile_name, "as_is": self._another(profile_name)})
+        self._seen(reading)
+        return reading
 
     def _kept(self, place: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
         """What lies there; nothing if that is damaged: it is measured again and overwritten."""

@@ -15,6 +15,7 @@ from autocompress.types import Interval, Reading, Runs
 NARROW = 0.02  # a ratio's interval narrower than this share of it needs no more samples
 NOISY = 0.05  # wider than this it is refused
 DISTURBED = 0.25  # share of runs with another process on the core: above it a median says little of the file
+SLOW = 0.05  # a baseline slower than at its fastest by more: the device is not what it was, nor is the ratio
 MIN_BLOCKS = 8  # six are needed for a 95 % interval of a median at all: 1 - 2 * 0.5**6 = 0.969
 
 
@@ -163,6 +164,11 @@ class Window:
         return quotient(*self.middles_ms)
 
     @property
+    def baseline_ms(self) -> Interval:
+        """The baseline's median."""
+        return median(self.middles_ms[1])
+
+    @property
     def disturbed(self) -> float:
         """Share of the runs in which another process had the core."""
         return self._disturbed / sum(map(len, self.times_ms))
@@ -195,7 +201,7 @@ class Window:
             p50_ms=tail(self.parts_ms[0], 0.5) if self.inputs else None,
             worst_ms=self.worst(),
             inputs=self.inputs,
-            baseline_ms=median(self.middles_ms[1]),
+            baseline_ms=self.baseline_ms,
             ratio=self.ratio,
             samples=len(self.times_ms[0]),
             rounds=self.blocks,
