@@ -33,7 +33,10 @@ from autocompress.types import Budget, Profile, Reading, TrialFailure, UserError
 LONGEST_S = 120.0  # a model so slow that MIN_BLOCKS take longer is reported as noisy
 PORTION_S = 10.0  # of timing kernels, between which a device is asked whether it is there
 PATIENCE_S = 600.0  # for trainers to pause, or for other measurements to end
-LET_GO_S = 5.0  # for them to reach a step boundary then
+LET_GO_S = 5.0  # for trainers to reach a step boundary where the device has become slow
+RETAKES = 3  # while they pause: what they did to the machine outlasts them by a second or two
+VAIN = 3  # readings in a row for which they paused in vain, after which they are not asked again for a minute
+BLAMELESS_S = 60.0
 LONGER = 4  # times as long a file is timed, at most, where its interval leaves a budget open
 PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # between tries at a device that is away; each is twice the one before
 CACHE = "set AUTOCOMPRESS_CACHE to a folder that can be written"
@@ -98,7 +101,8 @@ class Station:
         self._baseline_key = baseline_key or _sha(onnxfile.load(self.baseline))
         self._gate = gate or Gate()
         self._fastest: dict[str, float] = {}  # the baseline's milliseconds, at their best so far
-        self._usual: dict[str, float] = {}  # the same, or what they were when trainers last paused
+        self._vain: dict[str, int] = {}  # readings in a row for which trainers paused and it was slow even so
+        self._blameless: dict[str, float] = {}  # until when trainers are not asked to pause, by time.monotonic
         self._lock = HostLock()
         self._tables: dict[str, KernelTable] = {}
         self._ready = False
@@ -363,10 +367,14 @@ class Station:
         with ExitStack() as held:
             window, paused = self._window(device, model, seconds, cores), False
             anew = window.noisy and again
-            if anew or window.baseline_ms.value > (1 + SLOW) * self._usual.get(profile_name, math.inf):
+            if anew or (self._slow(profile_name, window) and self._blamed(profile_name)):
                 paused = self._trainers_pause(held, profile_name)
-                if anew or paused:
+                for _ in range(RETAKES if paused else int(anew)):
                     window = self._window(device, model, 2 * seconds if anew else seconds, cores)
+                    if not self._slow(profile_name, window):
+                        break
+                if paused:
+                    self._paused_for(profile_name, window)
 
             def reading() -> Reading:
                 found = window.reading(
@@ -384,21 +392,34 @@ class Station:
                     break
                 window.add(device.time([self.baseline, model], rounds=8 * MIN_BLOCKS, seconds=seconds, cores=cores))
         if not window.noisy:
-            self._seen(reading(), paused=paused)
+            self._seen(reading())
         if weigh and isinstance(device, TellsMemory):
             window.memory_mb = device.memory([model]).get(str(model))
         return window, reading().model_copy(update={"as_is": self._another(profile_name)})
+
+    def _slow(self, profile_name: str, window: Window) -> bool:
+        """Whether the baseline is slower than at its fastest by more than chance."""
+        return window.baseline_ms.value > (1 + SLOW) * self._fastest.get(profile_name, math.inf)
+
+    def _blamed(self, profile_name: str) -> bool:
+        """Whether it may be for trainers that a device is slow."""
+        return time.monotonic() > self._blameless.get(profile_name, -math.inf)
+
+    def _paused_for(self, profile_name: str, window: Window) -> None:
+        """Remember whether it was in vain."""
+        self._vain[profile_name] = self._vain.get(profile_name, 0) + 1 if self._slow(profile_name, window) else 0
+        if self._vain[profile_name] >= VAIN:
+            self._blameless[profile_name] = time.monotonic() + BLAMELESS_S
 
     def _slowed(self, reading: Reading) -> float:
         """How much slower the baseline was than at its fastest, as a share."""
         fastest = self._fastest.get(reading.profile, math.inf)
         return round(max(reading.baseline_ms.value / fastest - 1, 0.0), 4)
 
-    def _seen(self, reading: Reading, *, paused: bool = False) -> None:
-        """Remember how fast the baseline was. What a pause did not better is usual: trainers are not to blame."""
-        name, ms = reading.profile, reading.baseline_ms.value
-        self._fastest[name] = min(ms, self._fastest.get(name, math.inf))
-        self._usual[name] = ms if paused else min(ms, self._usual.get(name, math.inf))
+    def _seen(self, reading: Reading) -> None:
+        """Remember how fast the baseline was."""
+        name = reading.profile
+        self._fastest[name] = min(reading.baseline_ms.value, self._fastest.get(name, math.inf))
 
     def _another(self, profile_name: str) -> bool:
         """Whether the device is not the one that the profile was made for, and measured on as it is."""
