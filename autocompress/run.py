@@ -28,6 +28,7 @@ from autocompress import (
     ray_tune,
     reader,
     report,
+    residents,
     spacefile,
     summary,
 )
@@ -523,7 +524,7 @@ class _Run:
         controller: Controller,
         make: MakeEvaluator,
         store: Store,
-        stations: Station | ray_tune.RemoteStations,
+        stations: Station | residents.RemoteStations,
         session: ray_tune.Session | None,
     ) -> None:
         """The search, then the further training of the best few where time was kept for it."""
@@ -565,14 +566,14 @@ class _Run:
 
     def far(
         self, session: ray_tune.Session, station: Callable[[Sequence[Profile]], Station]
-    ) -> ray_tune.RemoteStations:
+    ) -> residents.RemoteStations:
         """A station of its own for each host."""
-        found: dict[str, ray_tune.RemoteStation] = {}
+        found: dict[str, residents.RemoteStation] = {}
         for index, host in enumerate(dict.fromkeys(host_of(profile) for profile in self.parts.profiles)):
             those = tuple(profile for profile in self.parts.profiles if host_of(profile) == host)
             made = session.station(functools.partial(station, those), f"station-{index}")
             found |= dict.fromkeys((profile.name for profile in those), made)
-        return ray_tune.RemoteStations(found)
+        return residents.RemoteStations(found)
 
     def rounds(
         self, controller: Controller, later: Later, hear: Callable[[Event], None], run: Callable[[], None]

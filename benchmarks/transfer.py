@@ -38,7 +38,6 @@ from autocompress import auto, export, load, pareto
 from autocompress import space as sp
 from autocompress.devices.cores import keep_to, plan_cores
 from autocompress.devices.fingerprint import resolve_local
-from autocompress.devices.gate import Gate
 from autocompress.devices.station import Station
 from autocompress.models.foreign import Foreign
 from autocompress.parts import make_ops
@@ -78,7 +77,6 @@ def prepared(name: str) -> tuple[Work, Space]:
         ops=make_ops((*OPS, "distill")),
         parent=builder.build({}).eval(),
         profiles=(profile,),
-        gate=Gate(),
     )
     return work, auto.reduce(whole, gone)
 
@@ -95,11 +93,10 @@ class Maker:
     def file(self, genotype: Genotype) -> dict[str, Any]:
         """A genotype's file and its quality, or why there is none."""
         try:
-            with self.work.gate.working():
-                candidate = sp.decode(self.space, genotype)
-                shaped = shape(self.work, candidate)
-                (made,) = release(self.work, shaped.plain(self.work), candidate.policy).values()
-                quality = self.work.task.quality(export.predictor(made.model), "selection").value.value
+            candidate = sp.decode(self.space, genotype)
+            shaped = shape(self.work, candidate)
+            (made,) = release(self.work, shaped.plain(self.work), candidate.policy).values()
+            quality = self.work.task.quality(export.predictor(made.model), "selection").value.value
         except TrialFailure as failure:
             return {"failed": str(failure)}
         return {"quality": quality, "file": made.model, "key": made.key}

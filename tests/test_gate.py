@@ -110,6 +110,26 @@ def test_trainers_pause_while_it_is_quiet_and_go_on_after(tmp_path: Path) -> Non
         assert steps[-1][0] > phases[-1][1], "it did not go on"
 
 
+def test_those_that_can_stand_still_while_it_is_hushed(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    mine, other = Gate(tmp_path), Gate(tmp_path)
+    with started(WORKER, tmp_path, 0.01, log):
+        wait_for(log)
+        with other.hushed(5) as all_stand:
+            assert all_stand
+        with mine.working():  # never reaches a step
+            with other.hushed(0.2) as all_stand:
+                began = time.monotonic()
+                time.sleep(0.2)
+                ended = time.monotonic()
+            assert not all_stand
+        time.sleep(0.1)
+    assert not [span for span in spans(log) if span[0] > began and span[1] < ended], "somebody passed a step"
+    assert spans(log)[-1][0] > ended, "it did not go on"
+    mine.close()
+    other.close()
+
+
 def test_a_killed_trainer_lets_go(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with started(WORKER, tmp_path, 0.01, log) as worker:

@@ -78,11 +78,32 @@ class Gate:
 
         Asked for while this object itself works, it counts as a step boundary: its own hold is given up meanwhile.
         """
+        with self._left():
+            _take(self._turnstile, timeout, lambda: self._say("waiting for another measurement on this host to end"))
+            _take(self._gate, timeout, lambda: self._say("waiting for trainers to reach a step boundary"))
+            yield
+
+    @contextmanager
+    def hushed(self, patience: float) -> Iterator[bool]:
+        """No worker passes a step boundary inside this block; the rest go on. Says whether all of them stand still.
+
+        They are waited for so many seconds at most.
+        """
+        with self._left():
+            try:
+                _take(self._turnstile, patience)
+                _take(self._gate, patience)
+            except TimeoutError:
+                yield False
+            else:
+                yield True
+
+    @contextmanager
+    def _left(self) -> Iterator[None]:
+        """Out of the gate while the block lasts, and out of both locks after it."""
         if self._depth:
             fcntl.flock(self._gate, fcntl.LOCK_UN)
         try:
-            _take(self._turnstile, timeout, lambda: self._say("waiting for another measurement on this host to end"))
-            _take(self._gate, timeout, lambda: self._say("waiting for trainers to reach a step boundary"))
             yield
         finally:
             fcntl.flock(self._gate, fcntl.LOCK_UN)
@@ -149,7 +170,7 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
 
-def _take(descriptor: int, timeout: float | None, say: Callable[[], None]) -> None:
+def _take(descriptor: int, timeout: float | None, say: Callable[[], None] | None = None) -> None:
     """An exclusive lock, by asking again and again: that can be interrupted, limited, and told to the user."""
     began, told = time.monotonic(), False
     while True:
@@ -159,7 +180,7 @@ def _take(descriptor: int, timeout: float | None, say: Callable[[], None]) -> No
             waited = time.monotonic() - began
             if timeout is not None and waited > timeout:
                 raise TimeoutError(f"still waiting after {waited:.0f} s") from None
-            if waited > SAY_AFTER_S and not told:
+            if say is not None and waited > SAY_AFTER_S and not told:
                 say()
                 told = True
             time.sleep(POLL_S)

@@ -1,6 +1,6 @@
 """A node of a Ray cluster as a device: an actor there measures, files travel to it as bytes.
 
-Beside `ray_tune.py` the only file that imports ray, and so imported only for a profile with `device: ray`, or a search.
+With `ray_tune.py` and `residents.py` the only file that imports ray: for a profile with `device: ray`, or a search.
 """
 
 from __future__ import annotations

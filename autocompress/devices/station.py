@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import math
 import threading
 import time
 import zlib
@@ -23,6 +22,7 @@ from autocompress.devices.fingerprint import check_same, identity, resolve_local
 from autocompress.devices.gate import Gate, HostLock
 from autocompress.devices.kerneltable import KernelTable
 from autocompress.devices.local import Unloadable
+from autocompress.devices.slowing import Slowing
 from autocompress.devices.statistics import MIN_BLOCKS, NARROW, SLOW, Window, width
 from autocompress.pareto import settled
 from autocompress.registry import call, genuine, resolve
@@ -33,10 +33,8 @@ from autocompress.types import Budget, Profile, Reading, TrialFailure, UserError
 LONGEST_S = 120.0  # a model so slow that MIN_BLOCKS take longer is reported as noisy
 PORTION_S = 10.0  # of timing kernels, between which a device is asked whether it is there
 PATIENCE_S = 600.0  # for trainers to pause, or for other measurements to end
-LET_GO_S = 5.0  # for trainers to reach a step boundary where the device has become slow
+LET_GO_S = 1.0  # for trainers to reach a step boundary where the device has become slow
 RETAKES = 3  # while they pause: what they did to the machine outlasts them by a second or two
-VAIN = 3  # readings in a row for which they paused in vain, after which they are not asked again for a minute
-BLAMELESS_S = 60.0
 LONGER = 4  # times as long a file is timed, at most, where its interval leaves a budget open
 PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # between tries at a device that is away; each is twice the one before
 CACHE = "set AUTOCOMPRESS_CACHE to a folder that can be written"
@@ -100,9 +98,7 @@ class Station:
         self._cache = make_folder(cache or cache_dir(), CACHE)
         self._baseline_key = baseline_key or _sha(onnxfile.load(self.baseline))
         self._gate = gate or Gate()
-        self._fastest: dict[str, float] = {}  # the baseline's milliseconds, at their best so far
-        self._vain: dict[str, int] = {}  # readings in a row for which trainers paused and it was slow even so
-        self._blameless: dict[str, float] = {}  # until when trainers are not asked to pause, by time.monotonic
+        self._slowing = {name: Slowing() for name in self._profiles}
         self._lock = HostLock()
         self._tables: dict[str, KernelTable] = {}
         self._ready = False
@@ -274,15 +270,11 @@ class Station:
                 raise TrialFailure(f"could not measure on {profile_name}: {error}") from error
             yield
 
-    def _trainers_pause(self, held: ExitStack, profile_name: str) -> bool:
-        """Let this host's trainers pause until `held` is closed; whether they do. They are not waited for as long."""
+    def _trainers_pause(self, held: ExitStack, profile_name: str) -> bool | None:
+        """Let this host's trainers pause until `held` is closed; whether all do, None where nobody is to be asked."""
         if self.plan.quiet or host_of(self._profiles[profile_name]):
-            return False
-        try:
-            held.enter_context(self._gate.quiet(LET_GO_S))
-        except TimeoutError:
-            return False
-        return True
+            return None
+        return held.enter_context(self._gate.hushed(LET_GO_S))
 
     def _turn(self, profile_name: str) -> threading.RLock:
         """One thread at a time on each host."""
@@ -364,62 +356,39 @@ class Station:
         Then on, up to `longer` times, for a budget's sake; then `weigh` what memory it takes.
         """
         cores, began = self._cores(profile_name), time.perf_counter()
+        slowing = self._slowing[profile_name]
         with ExitStack() as held:
-            window, paused = self._window(device, model, seconds, cores), False
+            window, paused = self._window(device, model, seconds, cores), None
             anew = window.noisy and again
-            if anew or (self._slow(profile_name, window) and self._blamed(profile_name)):
+            if anew or slowing.blamed(window.baseline_ms):
                 paused = self._trainers_pause(held, profile_name)
-                for _ in range(RETAKES if paused else int(anew)):
+                for _ in range(int(anew) if paused is None else RETAKES):
                     window = self._window(device, model, 2 * seconds if anew else seconds, cores)
-                    if not self._slow(profile_name, window):
+                    if not slowing.slow(window.baseline_ms):
                         break
-                if paused:
-                    self._paused_for(profile_name, window)
+                if paused is not None:
+                    slowing.paused(window.baseline_ms)
 
             def reading() -> Reading:
                 found = window.reading(
                     profile_name,
                     seconds=time.perf_counter() - began - window.waited_s,
-                    quiet=self.plan.quiet or paused,
+                    quiet=self.plan.quiet or bool(paused),
                     cores=cores,
                     host=short(self.fingerprint(profile_name)),
                     batch=self._profiles[profile_name].batch,
                 )
-                return found.model_copy(update={"slowed": self._slowed(found)})
+                return found.model_copy(update={"slowed": slowing.by(found.baseline_ms)})
 
             for _ in range(longer - 1):
                 if window.noisy or self._decides(reading()):
                     break
                 window.add(device.time([self.baseline, model], rounds=8 * MIN_BLOCKS, seconds=seconds, cores=cores))
         if not window.noisy:
-            self._seen(reading())
+            slowing.seen(window.baseline_ms)
         if weigh and isinstance(device, TellsMemory):
             window.memory_mb = device.memory([model]).get(str(model))
         return window, reading().model_copy(update={"as_is": self._another(profile_name)})
-
-    def _slow(self, profile_name: str, window: Window) -> bool:
-        """Whether the baseline is slower than at its fastest by more than chance."""
-        return window.baseline_ms.value > (1 + SLOW) * self._fastest.get(profile_name, math.inf)
-
-    def _blamed(self, profile_name: str) -> bool:
-        """Whether it may be for trainers that a device is slow."""
-        return time.monotonic() > self._blameless.get(profile_name, -math.inf)
-
-    def _paused_for(self, profile_name: str, window: Window) -> None:
-        """Remember whether it was in vain."""
-        self._vain[profile_name] = self._vain.get(profile_name, 0) + 1 if self._slow(profile_name, window) else 0
-        if self._vain[profile_name] >= VAIN:
-            self._blameless[profile_name] = time.monotonic() + BLAMELESS_S
-
-    def _slowed(self, reading: Reading) -> float:
-        """How much slower the baseline was than at its fastest, as a share."""
-        fastest = self._fastest.get(reading.profile, math.inf)
-        return round(max(reading.baseline_ms.value / fastest - 1, 0.0), 4)
-
-    def _seen(self, reading: Reading) -> None:
-        """Remember how fast the baseline was."""
-        name = reading.profile
-        self._fastest[name] = min(reading.baseline_ms.value, self._fastest.get(name, math.inf))
 
     def _another(self, profile_name: str) -> bool:
         """Whether the device is not the one that the profile was made for, and measured on as it is."""
@@ -486,7 +455,7 @@ class Station:
         except (ValueError, LookupError):
             return None
         reading = reading.model_copy(update={"profile": profile_name, "as_is": self._another(profile_name)})
-        self._seen(reading)
+        self._slowing[profile_name].seen(reading.baseline_ms)
         return reading
 
     def _kept(self, place: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
