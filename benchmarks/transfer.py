@@ -19,6 +19,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import statistics
 import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -252,7 +253,7 @@ def main() -> None:
             for count in sorted({*(n for n in SHOWN if n <= options.trials), options.trials}):
                 values = [one[count - 1] for one in every]
                 low, high = interval(values)
-                middle = sorted(values)[len(values) // 2]
+                middle = statistics.median(values)
                 told[name][arm][count] = {"hv_median": middle, "hv_ci": [low, high], "hv": values}
                 console.print(f"  {arm} {count:>3} trials {middle:.3f} ({low:.3f} to {high:.3f})", highlight=False)
     if options.json:

@@ -110,16 +110,14 @@ class TwoHeads(nn.Module):
 
 
 if __name__ == "__main__":
-    print(
-        autocompress.search(
-            TwoHeads(),
-            Boxes(),
-            epochs=8,  # it has no weights yet
-            devices=[{"profile": "local-1t", "speedup": 2}],
-            quality={"metric": "score", "max_drop": 0.02},
-            fidelity={"full_epochs": 4, "rungs": [0.34, 1.0]},
-            trials=30,
-            minutes=3,
-            out="runs/regression",
-        )
+    autocompress.search(
+        TwoHeads(),
+        Boxes(),
+        epochs=8,  # it has no weights yet
+        devices=[{"profile": "local-1t", "speedup": 1.5}],
+        quality={"metric": "score", "max_drop": 0.02},
+        fidelity={"full_epochs": 4, "rungs": [0.34, 1.0]},
+        trials=30,
+        minutes=3,
+        out="runs/regression",
     )

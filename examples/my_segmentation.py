@@ -112,16 +112,14 @@ def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
 
 
 if __name__ == "__main__":
-    print(
-        autocompress.search(
-            UNet(),
-            Shapes(),
-            epochs=6,  # it has no weights yet
-            devices=[{"profile": "local-1t", "speedup": 2}],
-            quality={"metric": "miou", "max_drop": 0.02},
-            fidelity={"full_epochs": 3, "rungs": [0.34, 1.0]},
-            trials=30,
-            minutes=3,
-            out="runs/segmentation",
-        )
+    autocompress.search(
+        UNet(),
+        Shapes(),
+        epochs=6,  # it has no weights yet
+        devices=[{"profile": "local-1t", "speedup": 2}],
+        quality={"metric": "miou", "max_drop": 0.02},
+        fidelity={"full_epochs": 3, "rungs": [0.34, 1.0]},
+        trials=30,
+        minutes=3,
+        out="runs/segmentation",
     )
