@@ -708,8 +708,8 @@ class Throttled(Scripted):
 
 
 def test_a_device_that_is_slow_by_itself_is_said_and_not_kept(files: dict[str, Path], tmp_path: Path) -> None:
-    vain = (1.2,) * (1 + RETAKES)
-    scripted = Throttled(ONE, [1.0, 1.2, 1.2, 1.0, *vain * VAIN, 1.2, 1.0, 1.2])
+    vain, often = (1.2,) * (1 + RETAKES), VAIN // RETAKES
+    scripted = Throttled(ONE, [1.0, 1.2, 1.2, 1.0, *vain * often, 1.2, 1.0, 1.2])
     with station(files["large"], cache=tmp_path / "c", device=lambda _: scripted) as one:
 
         def taken(key: str) -> tuple[float, bool, int]:
@@ -718,13 +718,20 @@ def test_a_device_that_is_slow_by_itself_is_said_and_not_kept(files: dict[str, P
 
         assert taken("a") == (0.0, False, 1)
         assert taken("b") == (0.0, True, 4)  # what trainers did outlasts them a little
-        for i in range(1, VAIN + 1):
+        for i in range(1, often + 1):
             assert taken("c") == (0.2, True, 4 + i * len(vain))  # not the trainers' doing, perhaps
         calls = scripted.calls
         assert taken("d") == (0.2, False, calls + 1)  # so nobody pauses again for a while
         assert taken("c") == (0.0, False, calls + 2)
         assert taken("d") == (0.2, False, calls + 3)
         assert [taken(key)[2] for key in "abc"] == [calls + 3] * 3
+
+
+def test_nobody_pauses_for_long_where_ratios_are_the_same(files: dict[str, Path]) -> None:
+    scripted = Throttled(ONE, [1.0, *(1.2, 1.0) * VAIN, 1.2])  # a clock that all cores at work keep down
+    with station(files["large"], device=lambda _: scripted) as one:
+        found = [one.measure("one", SMALL, str(i)) for i in range(2 + VAIN)]
+    assert [reading.quiet for reading in found] == [False, *(True,) * VAIN, False]
 
 
 def test_trainers_that_do_not_pause_hold_nothing_up(files: dict[str, Path], tmp_path: Path) -> None:

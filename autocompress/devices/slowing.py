@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 
-from autocompress.devices.statistics import SLOW
+from autocompress.devices.statistics import SLOW, Window
 from autocompress.types import Interval
 
-VAIN = 3  # readings in a row for which trainers paused in vain, after which they are not asked for a while
-BLAMELESS_S = 60.0
+VAIN = 9  # windows in a row for which trainers paused in vain, after which they are not asked for a while
+BLAMELESS_S, LONGEST_BLAMELESS_S = 60.0, 3600.0  # each time twice as long
+SAME = 0.025  # ratios that differ by less agree: a lower clock slows a file as it slows its baseline, and does no harm
 
 
 class Slowing:
@@ -18,6 +19,7 @@ class Slowing:
     def __init__(self) -> None:
         self.fastest = math.inf  # milliseconds
         self._vain = 0
+        self._blameless_s = BLAMELESS_S
         self._blameless_until = -math.inf  # by time.monotonic
 
     def seen(self, baseline_ms: Interval) -> None:
@@ -36,8 +38,13 @@ class Slowing:
         """Whether it is slow and that may be the trainers' doing."""
         return self.slow(baseline_ms) and time.monotonic() > self._blameless_until
 
-    def paused(self, baseline_ms: Interval) -> None:
-        """What came of a pause."""
-        self._vain = self._vain + 1 if self.slow(baseline_ms) else 0
+    def paused(self, before: Window, after: Window, windows: int) -> None:
+        """What came of a pause of so many windows: nothing if it is slow even so, or the file's ratio what it was."""
+        agree = not before.noisy and abs(after.ratio.value / before.ratio.value - 1.0) < SAME
+        if not (agree or self.slow(after.baseline_ms)):
+            self._vain, self._blameless_s = 0, BLAMELESS_S
+            return
+        self._vain += windows
         if self._vain >= VAIN:
-            self._blameless_until = time.monotonic() + BLAMELESS_S
+            self._blameless_until = time.monotonic() + self._blameless_s
+            self._blameless_s = min(2 * self._blameless_s, LONGEST_BLAMELESS_S)

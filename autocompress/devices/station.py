@@ -361,13 +361,13 @@ class Station:
             window, paused = self._window(device, model, seconds, cores), None
             anew = window.noisy and again
             if anew or slowing.blamed(window.baseline_ms):
-                paused = self._trainers_pause(held, profile_name)
-                for _ in range(int(anew) if paused is None else RETAKES):
+                paused, before, taken = self._trainers_pause(held, profile_name), window, 0
+                for taken in range(1, 1 + (int(anew) if paused is None else RETAKES)):
                     window = self._window(device, model, 2 * seconds if anew else seconds, cores)
                     if not slowing.slow(window.baseline_ms):
                         break
                 if paused is not None:
-                    slowing.paused(window.baseline_ms)
+                    slowing.paused(before, window, taken)
 
             def reading() -> Reading:
                 found = window.reading(
