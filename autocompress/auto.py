@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from autocompress.models import Builder
 
 NAME = "auto"
+PACKED = 8  # genes, about, of weights in four bits
 MOST = 150  # genes; beyond it sites are tied
 RATIOS = (0.25, 0.5, 0.75)
 RANKS = (0.5, 0.25)
@@ -30,7 +31,7 @@ EXITS = (0.35, 0.5, 0.65)  # of the depth, behind which exits are offered
 GATED = 6  # blocks with a gate, at most
 REPLACEMENTS = ("separable", "shuffle", "bottleneck", "smaller")
 # Least share of the network's multiply-adds that makes a site worth a gene; a prune gene's also counts its parameters.
-SHARES = {"replace": 0.02, "lowrank": 0.01, "prune": 0.002}
+SHARES = {"replace": 0.02, "lowrank": 0.01, "prune": 0.002, "weights": 0.1}
 ORDER = ("replace", "prune", "lowrank", "quantize")  # of policy genes after the blocks'
 TIED = {"quantize": 1.0, "lowrank": 1.0, "replace": 1.0, "prune": 0.5}  # how soon an op's sites are tied
 ABOUT = "Derived from the network; edit it and name this file in the job's `space`"
@@ -53,13 +54,15 @@ def written(derived: Space, builder: Builder) -> SpaceFile:
     return spacefile.of(derived, builder.name, ABOUT, sites=builder.sites())
 
 
-def targeted(builder: Builder, profiles: Sequence[Profile], *, routes: bool = False) -> Space:
+def targeted(builder: Builder, profiles: Sequence[Profile], *, routes: bool = False, small: bool = False) -> Space:
     """The space for these targets: what their profiles say of channels, types and ranks decides what is offered.
 
-    A choice stays if it may pay on one of them. `routes` are offered where every target measures single samples.
+    A choice stays if it may pay on one of them. `routes` are offered where every target measures single samples;
+    `small` says that a budget bounds the file's size.
     """
     return space(
         builder,
+        small=small and all(profile.numeric.weight == "int8" for profile in profiles),
         routes=routes and all(profile.batch == 1 for profile in profiles),
         multiple=max(profile.channel_multiple for profile in profiles),
         types=tuple(dict.fromkeys(kind for profile in profiles for kind in profile.types)),
@@ -84,8 +87,11 @@ def space(
     types: Sequence[str] = ("float32", "int8"),
     factors: float = 1.0,
     routes: bool = False,
+    small: bool = False,
 ) -> Space:
     """The genes that make sense for this network, exits and gates (`routes`) where they are asked for.
+
+    `small`: weights of integer layers may lie in four bits, which makes a file smaller and nothing faster.
 
     `multiple` is the targets' largest channel multiple, `types` are those that one of them computes with, `factors` is
     the share of a layer's products up to which two factors pay.
@@ -101,7 +107,8 @@ def space(
     whole = replace(_Whole.of(sites, multiple), types=frozenset(types), factors=factors)
     asked = {op: whole.places(op) for op in ORDER}
     hung = tuple(_routes(sites, {gene.site: gene for gene in blocks})) if routes else ()
-    tied = tie(asked, MOST - len(arch) - len(blocks) - len(recipe) - len(hung))
+    packed = tuple(_packed(whole, asked["quantize"])) if small and "int8" in types else ()
+    tied = tie(asked, MOST - len(arch) - len(blocks) - len(recipe) - len(hung) - len(packed))
     genes = {gene.name: gene for gene in (*arch, *blocks)}
     for op in ORDER:
         for path, members in tied[op].items():
@@ -111,7 +118,7 @@ def space(
                 name = f"{op}.{param}@{path}"
                 choices = whole.choices(op, members)
                 genes[name] = Gene(name=name, kind="policy", choices=choices, when=when, site=path, op=op, param=param)
-    return Space(name=NAME, genes=(*genes.values(), *hung, *recipe), always=tuple(_taught()))
+    return Space(name=NAME, genes=(*genes.values(), *packed, *hung, *recipe), always=tuple(_taught()))
 
 
 PARAMS = {"block": "kind", "replace": "kind", "prune": "ratio", "lowrank": "rank", "quantize": "bits"}
@@ -168,6 +175,17 @@ def _recipe(types: Collection[str]) -> Iterable[Gene]:
     """How candidates are trained: with simulated integers or without."""
     if "bits" in _params("qat") and "int8" in types:
         yield _gene("qat", "bits", ".", ("float", "int8"))
+
+
+def _packed(whole: _Whole, places: Places) -> Iterable[Gene]:
+    """Whether the weights of a stage's integers lie in four bits: a gene for each module that holds many of all."""
+    while len(places) > PACKED and len(wider := coarser(places)) < len(places):
+        places = wider
+    for path, members in places.items():
+        held = sum(site.parameters for site in members) / whole.parameters
+        # a site with a gene of its own is asked in one rule with it
+        if held >= SHARES["weights"] and members[1:]:
+            yield _gene("quantize", "weights", path, ("profile", "int4"))
 
 
 def _taught() -> Iterable[Rule]:

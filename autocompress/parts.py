@@ -21,6 +21,9 @@ from autocompress.shelves import suggest
 from autocompress.tasks import InputSpec, Task
 from autocompress.types import Budget, Facts, Goal, Job, Limit, Profile, SearchPlan, Space, UserError
 
+IMPLIED: Mapping[str, tuple[str, ...]] = {"quantize": ("fourbits",)}
+"""Ops that act where another one's rules ask for something."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -141,8 +144,9 @@ def make_space(name: str, network: Builder, profiles: Sequence[Profile], *, rout
 
 
 def make_ops(names: tuple[str, ...]) -> Mapping[str, Op]:
-    """Ops by name, each made once."""
-    return {name: registry.make("op", name) for name in names}
+    """Ops by name, each made once, and those that their rules imply."""
+    implied = (other for name in names for other in IMPLIED.get(name, ()))
+    return {name: registry.make("op", name) for name in dict.fromkeys((*names, *implied))}
 
 
 def check_searcher(plan: SearchPlan) -> None:

@@ -47,6 +47,7 @@ from autocompress.types import (
 # routes hang on blocks that stay; a rank is a fraction of the pruned shape; a cascade copies what is there at last
 STRUCTURE_ORDER = ("block", "replace", "exit", "skip", "branch", "prune", "lowrank", "cascade")
 TRAIN_ORDER = ("sparsify", "qat")  # what is rounded is what the masks have left
+FOUR_BITS = "fourbits"
 NUMERIC_ORDER = ("quantize", "store", "route")  # what is stored are the weights that compute
 FINE_RATE, MASKED_RATE = 1 / 40, 1 / 8  # of the recipe's rate, for weights that are the parent's, and with some at zero
 BATCHNORM_BATCHES = 8
@@ -271,7 +272,7 @@ def changes_structure(work: Work, arch: Arch, receipts: Sequence[Receipt]) -> bo
 def instrument(work: Work, module: nn.Module, policy: Policy) -> tuple[Receipt, ...]:
     """Decide and enact the train ops that install something; their receipts in order, reasons for skipping too."""
     receipts: list[Receipt] = []
-    for name, op, rules in ordered(policy, work.ops, "train"):
+    for name, op, rules in (*ordered(policy, work.ops, "train"), *implied(work, policy)):
         if isinstance(op, TrainOp):
             asked, skipped = narrowed(op, module, rules, policy)
             receipt = op.decide(module, asked, work.task, work.shape_profile)
@@ -279,6 +280,13 @@ def instrument(work: Work, module: nn.Module, policy: Policy) -> tuple[Receipt, 
                 op.enact(module, receipt)
                 receipts.append(receipt.model_copy(update={"op": name, "entries": entries}))
     return tuple(receipts)
+
+
+def implied(work: Work, policy: Policy) -> list[tuple[str, Op, tuple[Rule, ...]]]:
+    """Train ops that a policy's numeric rules ask for: weights that the file rounds to four bits learn with that."""
+    if all(rule.settings.get("weights") != "int4" for rule in policy.of("quantize")):
+        return []
+    return [(FOUR_BITS, work.ops[FOUR_BITS], (Rule(site=".", op=FOUR_BITS, settings={}),))]
 
 
 def train_op(work: Work, receipt: Receipt) -> TrainOp:
@@ -441,7 +449,7 @@ def rate(work: Work, shaped: Shaped) -> float:
     if any(entry.status == "open" for _, entry in entries):
         return full
     acting = {op for op, entry in entries if entry.status == "done"}
-    return full * (FINE_RATE if acting <= {"qat"} else MASKED_RATE)
+    return full * (FINE_RATE if acting <= {"qat", FOUR_BITS} else MASKED_RATE)
 
 
 def training(work: Work, shaped: Shaped, policy: Policy, seed: int, cycles: Sequence[float] = (1.0,)) -> Training:

@@ -36,7 +36,7 @@ from autocompress.types import (
     Space,
     TrialFailure,
 )
-from autocompress.untrained import Untrained, genotype, is_numeric
+from autocompress.untrained import Untrained, genotype, is_numeric, is_packing
 
 PAYS = 0.002  # share of the baseline's latency (or size) that counts as a gain
 HOPELESS = 2.0  # times the divergence of an answer that is always the same ...
@@ -141,6 +141,7 @@ class Tried:
     best_kl: float | None = None
     best_gained: dict[str, float] = field(default_factory=dict)
     smaller: float | None = None  # share of the size
+    best_smaller: float | None = None  # the same among integers, where it saves nothing alone
     used: tuple[latency.Used, ...] = ()
     reach: tuple[str, ...] = ()  # layers outside of its own site that it changes
     failed: bool = False
@@ -153,11 +154,16 @@ class Tried:
     def pays_on_top(self, hopeless: float, *, small: bool) -> bool:
         """On top of the best choices of the others; where its divergence was not looked at, the first one counts."""
         kl = self.kl if self.best_kl is None else self.best_kl
-        return worth(self.best_gained, self.smaller, small) and kl is not None and kl <= hopeless
+        return worth(self.best_gained, self.saved, small) and kl is not None and kl <= hopeless
+
+    @property
+    def saved(self) -> float | None:
+        """Of the size, in the background where it saves anything."""
+        return self.smaller if self.best_smaller is None else self.best_smaller
 
     def gains(self, *, small: bool) -> bool:
         """In one background or the other, whatever it costs in quality."""
-        return worth(self.gained, self.smaller, small) or worth(self.best_gained, self.smaller, small)
+        return worth(self.gained, self.smaller, small) or worth(self.best_gained, self.saved, small)
 
 
 def worth(gained: Mapping[str, float], smaller: float | None, small: bool) -> bool:
@@ -299,10 +305,24 @@ class _Probe:
 
     def judge(self, one: Tried) -> None:
         """Its divergence alone in the unmodified network, if it gains anything; a change of numbers is timed too."""
-        if is_numeric(one.gene, self.work):
+        if is_packing(one.gene):
+            self.judge_packing(one)
+        elif is_numeric(one.gene, self.work):
             self.judge_numbers(one)
         elif one.used and (one.gene.kind == "arch" or one.gains(small=self.small)):
             one.kl = self.network.changed({one.place: one.choice})
+
+    def judge_packing(self, one: Tried) -> None:
+        """What it saves and costs where all sites are integers; among floats it is not there."""
+        network = self.network
+        for target in network.targets:
+            plain = network.file(network.numbers, target.profile)
+            full = network.file({**network.numbers, one.place: one.choice}, target.profile)
+            added = network.divergence_of(full) - network.divergence_of(plain)
+            one.kl = one.best_kl = max(one.kl or 0.0, added)
+            one.smaller, one.best_smaller = 0.0, (len(plain) - len(full)) / len(target.floats)
+            one.gained |= dict.fromkeys(target.names, 0.0)
+            one.best_gained |= dict.fromkeys(target.names, 0.0)
 
     def judge_numbers(self, one: Tried) -> None:
         network = self.network
@@ -356,6 +376,7 @@ class _Probe:
             best_kl=_figure(one.best_kl),
             best_ms={name: _figure(share * scale[name]) or 0.0 for name, share in one.best_gained.items()},
             smaller=_figure(one.smaller),
+            best_smaller=_figure(one.best_smaller),
             reach=one.reach,
             kept=kept,
             why=why,

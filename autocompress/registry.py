@@ -27,6 +27,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "sparsify": "autocompress.ops.sparsify:Sparsify",
         "qat": "autocompress.ops.qat:Qat",
         "quantize": "autocompress.ops.quantize:Quantize",
+        "fourbits": "autocompress.ops.fourbits:FourBits",
         "store": "autocompress.ops.store:Store",
         "route": "autocompress.ops.thresholds:Route",
         "distill": "autocompress.distill:Distill",

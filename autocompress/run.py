@@ -36,7 +36,7 @@ from autocompress.artifact import versions
 from autocompress.closing import Closing
 from autocompress.controller import Controller, Header, header, run_serial
 from autocompress.devices import AllAway, Unreachable, host_of
-from autocompress.devices.cores import CorePlan, keep_to, plan_cores
+from autocompress.devices.cores import CorePlan, at_large, keep_to, plan_cores
 from autocompress.devices.station import Station
 from autocompress.elastic import train as train_shared
 from autocompress.evaluator import Evaluator
@@ -65,6 +65,7 @@ from autocompress.sweep import sweep
 from autocompress.tasks import Task
 from autocompress.train import bf16_faster
 from autocompress.types import (
+    Assignment,
     Budget,
     Fidelity,
     Job,
@@ -506,7 +507,7 @@ class _Run:
         self.live.note(mine.plan.why) if mine.plan.quiet else None
         self.live.stage("")
         if self.serial or (controller.finished and controller.cost.final <= 0):
-            self.walk(controller, make, store, mine, None)
+            self.walk(controller, make, store, mine, None, mine.plan)
             return
         mine.close()  # its timing processes are started again when finalists are measured
         with ExitStack() as held:
@@ -515,7 +516,7 @@ class _Run:
                 held.enter_context(session)
             far = self.far(session, station)
             self.live.stage("")
-            self.walk(controller, make, store, far, session)
+            self.walk(controller, make, store, far, session, mine.plan)
             if controller.stopped:
                 self.live.stage("stopping: what is in flight runs again on resume; writing what was found")
 
@@ -526,15 +527,25 @@ class _Run:
         store: Store,
         stations: Station | residents.RemoteStations,
         session: ray_tune.Session | None,
+        plan: CorePlan,
     ) -> None:
-        """The search, then the further training of the best few where time was kept for it."""
+        """The search, then the further training of the best few where time was kept for it.
+
+        The last network trains alone, and nothing is measured while it does: it has the station's cores too.
+        """
         threads = torch.get_num_threads()
+        every = threads if plan.quiet or not plan.trainers else len(plan.trainers) + len(plan.station)
 
         def here(count: int) -> Evaluator:
             return replace(make, threads=count)(store, stations.measure, stations.kernels)
 
         def alone(hear: Callable[[Event], None], count: int = threads) -> None:
-            run_serial(controller, here(count), hear, keep=store.put)
+            with at_large(plan, count):
+                run_serial(controller, here(count), hear, keep=store.put)
+
+        def pace(assignment: Assignment, count: int) -> float:
+            with at_large(plan, count):
+                return here(count).pace(assignment)
 
         def together(hear: Callable[[Event], None]) -> None:
             if session is None:
@@ -555,11 +566,11 @@ class _Run:
                 controller,
                 self.parts.goals,
                 self.live.progress.limit,
-                lambda assignment, threads: here(threads).pace(assignment),
+                pace,
                 lambda: go(together),
                 lambda count: go(functools.partial(alone, count=count)),
                 workers=1 if session is None else session.workers,
-                threads=threads,
+                threads=every,
                 say=self.live.note,
             ).go()
         torch.set_num_threads(threads)

@@ -413,6 +413,7 @@ class Probed(Record):
     best_kl: float | None = None  # what it adds to the divergence
     best_ms: dict[str, float] = {}
     smaller: float | None = None  # share of the file's size that it saves
+    best_smaller: float | None = None  # the same among integers, of what saves nothing elsewhere
     reach: tuple[str, ...] = ()  # layers that it changes outside of the gene's own site
     kept: bool = True
     why: str = ""  # it left the space, or was not tried, one line

@@ -44,7 +44,7 @@ class Untrained:
         self.exported = export_float(work, work.parent)
         self.task = FirstLook(work.task)
         self._integers: dict[str, bytes] = {}  # variant -> file with every site in integers
-        numeric = ((place, gene) for place, gene in enumerate(space.genes) if is_numeric(gene, work))
+        numeric = (one for one in enumerate(space.genes) if is_numeric(one[1], work) and not is_packing(one[1]))
         self.numbers: Chosen = {place: gene.choices[1] for place, gene in numeric}
         integers = (lambda profile: self.file(self.numbers, profile)) if self.numbers else None
         self.targets = latency.targets(work.profiles, self.exported, self.used, integers, readings)
@@ -114,6 +114,11 @@ def genotype(space: Space, chosen: Chosen) -> Genotype:
 def is_numeric(gene: Gene, work: Work) -> bool:
     """Whether a gene is decided on the exported file."""
     return gene.kind == "policy" and gene.op in work.ops and work.ops[gene.op].phase == "numeric"
+
+
+def is_packing(gene: Gene) -> bool:
+    """Whether a gene says how weights of integers are kept: alone, among floats, it changes nothing."""
+    return (gene.op, gene.param) == ("quantize", "weights")
 
 
 def quickest(work: Callable[[], object]) -> float:

@@ -67,7 +67,7 @@ class Cifar:
 
     name, metric = "cifar10-jpeg", "accuracy"
     input = InputSpec(shape=(3, 32, 32), normalisation="(pixel / 255 - mean) / std of ImageNet")
-    training = {"lr": 0.03}  # the networks are trained already: a higher rate would only begin again
+    training = {"lr": 0.05}  # 14 blocks of a ResNet-56: 0.2 points lost after eight epochs on one core
 
     def __init__(self, train: int = 50_000) -> None:
         """`train`: only the first so many training images."""

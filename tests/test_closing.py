@@ -1,5 +1,6 @@
 """The best few train on after the search: who, how far, and that an interruption changes nothing."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from autocompress import journal as journals
 from autocompress.closing import FIRST, SLACK, Closing, marks
 from autocompress.controller import Controller, Header, run_serial
+from autocompress.devices.cores import CorePlan, at_large, keep_to
 from autocompress.journal import Journal
 from autocompress.types import Assignment, Cost, Fidelity, Outcome, SearchPlan, State, UserError
 from tests.test_controller import Closed, Learner, head, story
@@ -155,3 +157,19 @@ def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text(text)
     with pytest.raises(UserError, match="does not follow"):
         Controller.resume(Journal.open(tmp_path / "broken.jsonl"), Learner)
+
+
+def test_the_last_network_trains_on_the_stations_cores_too():
+    every = tuple(sorted(os.sched_getaffinity(0)))
+    if len(every) < 2:
+        pytest.skip("one core is not divided")
+    plan = CorePlan(every[-1:], every[:-1], False, "")
+    try:
+        keep_to(plan.trainers)
+        with at_large(plan, len(plan.trainers)):
+            assert os.sched_getaffinity(0) == set(plan.trainers)
+        with at_large(plan, len(every)):
+            assert os.sched_getaffinity(0) == set(every)
+        assert os.sched_getaffinity(0) == set(plan.trainers)
+    finally:
+        keep_to(every)

@@ -18,7 +18,7 @@ from torch import nn
 
 from autocompress.export import Exported, Part, compose, export, graph_hash, predictor
 from autocompress.models.convnet import ConvNet
-from autocompress.ops import Op
+from autocompress.ops import Op, pairs
 from autocompress.ops.quantize import Quantize
 from autocompress.tasks import InputSpec
 from autocompress.tasks.digits import Digits
@@ -33,6 +33,7 @@ PARAMS = {
     "bits": "float",
     "calibration": "profile",
     "granularity": "profile",
+    "weights": "profile",
     "equalize": False,
     "correct_bias": False,
 }
@@ -355,3 +356,50 @@ def test_an_empty_calibration_split_is_named(trained):
 
     with pytest.raises(UserError, match="task digits: the calibration split is empty"):
         OP.decide(trained, rules(trained), Empty(), VNNI)
+
+
+class Padded(nn.Module):
+    """An image's first layer, and a shortcut that fills up channels (He et al. 2016, option A)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 8, 3, padding=1)
+        self.body = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        shortcut = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+        return self.head(torch.relu(self.body(x) + shortcut).mean((2, 3)))
+
+
+class Pictures(Digits):
+    """Digits of several channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.input = InputSpec(shape=(channels, 8, 8))
+
+    def batches(self, split, size, **settings):
+        for images, targets in super().batches(split, size, **settings):
+            yield images * torch.linspace(1, -1, self.input.shape[0]).view(1, -1, 1, 1), targets
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_few_channels_are_filled_up_and_shortcuts_are_padded_as_integers(channels, tmp_path, monkeypatch):
+    task = Pictures(channels)
+    torch.manual_seed(0)
+    exported = export(Padded(channels).eval(), task.input, opset=17)
+    receipt = OP.decide(exported, rules(exported), task, VNNI)
+    model = compose(OP.enact(exported, receipt))
+    found = optimised(model, tmp_path)
+    assert (found["QLinearConv"], found["QGemm"], found["DequantizeLinear"]) == (2, 1, 0)
+    assert found["Pad"] == (2 if channels < 4 else 1)  # the shortcut's, and the filled up image's
+    weights = {one.name: list(one.dims) for one in onnx.load_from_string(model).graph.initializer}
+    assert weights["stem.weight_quantized"] == [8, 4, 3, 3]
+    images = next(task.batches("selection", 64))[0].numpy()
+    float_answers = predictor(compose(exported))(images)
+    answers = predictor(model)(images)
+    assert np.abs(answers - float_answers).mean() < 0.03 * np.abs(float_answers).mean()
+    monkeypatch.setattr(pairs, "FILLED", 0)
+    np.testing.assert_array_equal(answers, predictor(compose(OP.enact(exported, receipt)))(images))

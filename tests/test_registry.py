@@ -40,7 +40,7 @@ def test_every_built_in_resolves_to_something_that_goes_by_its_name(kind):
 def test_near_names_are_told():
     with pytest.raises(UserError, match=r"unknown searcher 'evolutoin'; did you mean 'evolution'\? \(or module:attr\)"):
         registry.resolve("searcher", "evolutoin")
-    with pytest.raises(UserError, match=r"unknown op 'zzz'; known: block, replace, exit, .* and 2 more$"):
+    with pytest.raises(UserError, match=r"unknown op 'zzz'; known: block, replace, exit, .* and 3 more$"):
         registry.resolve("op", "zzz", trusted=False)
     with pytest.raises(UserError, match="unknown task 'digit'"):
         registry.check("task", "digit")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +90,19 @@ def keep_to(cores: Sequence[int]) -> None:
     for thread in psutil.Process().threads():
         with suppress(ProcessLookupError):  # a thread that has just ended
             os.sched_setaffinity(thread.id, cores)
+
+
+@contextmanager
+def at_large(plan: CorePlan, threads: int) -> Iterator[None]:
+    """This process on the station's cores too, for more threads than trainers have cores: nobody measures meanwhile."""
+    wide = bool(plan.trainers) and threads > len(plan.trainers)
+    if wide:
+        keep_to((*plan.trainers, *plan.station))
+    try:
+        yield
+    finally:
+        if wide:
+            keep_to(plan.trainers)
 
 
 def _choose(cores: Cores, threads: int) -> tuple[int, ...]:

@@ -362,7 +362,8 @@ class Station:
             anew = window.noisy and again
             if anew or slowing.blamed(window.baseline_ms):
                 paused, before, taken = self._trainers_pause(held, profile_name), window, 0
-                for taken in range(1, 1 + (int(anew) if paused is None else RETAKES)):
+                while taken < (int(anew) if paused is None else RETAKES):
+                    taken += 1
                     window = self._window(device, model, 2 * seconds if anew else seconds, cores)
                     if not slowing.slow(window.baseline_ms):
                         break

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from autocompress.models.trace import examples, leaves, still
 from autocompress.ops import Phase
 from autocompress.ops.flow import Flow
+from autocompress.ops.fourbits import innermost
 from autocompress.ops.places import Place, Spot, spots
 from autocompress.ops.rounding import Range, gain_of, rounded_weight
 from autocompress.tasks import Task, several
@@ -55,7 +56,7 @@ class Qat:
             if _bits(rule) == "float":
                 continue
             found = leaves(subject, rule.site)
-            integer = [name for name in found if _innermost(bits, name) == "int8"]
+            integer = [name for name in found if innermost(bits, name) == "int8"]
             narrowed += [rule.model_copy(update={"site": name or "."}) for name in integer]
             if not integer:
                 why = "quantize makes nothing int8 there" if found else "no layer is there"
@@ -256,12 +257,6 @@ def _bits(rule: Rule) -> str:
     if bits not in ("float", "int8"):
         raise UserError(f"qat at site {rule.site}: bits = {bits!r}; choose float or int8")
     return str(bits)
-
-
-def _innermost(bits: Mapping[str, Any], layer: str) -> Any:
-    """What is asked at the innermost site that contains a layer."""
-    holding = [site for site in bits if site in (".", layer) or layer.startswith(f"{site}.")]
-    return bits[max(holding, key=lambda site: len(site) if site != "." else 0)] if holding else "float"
 
 
 def _spots(receipt: Receipt) -> list[tuple[Entry, Spot]]:

@@ -15,7 +15,7 @@ import onnx
 from onnx import helper
 
 from autocompress.onnxfile import write
-from autocompress.ops import Phase, equalize, shifts
+from autocompress.ops import Phase, equalize, fourbits, shifts
 from autocompress.ops.integers import Plan, refusal
 from autocompress.ops.pairs import Range, rebuilt, with_pairs
 from autocompress.ops.products import MICROSOFT, Form, dynamic, four_bits, narrow_floats
@@ -33,6 +33,7 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
     "bits": ("float", "int8", "int8-dynamic", "int4", "float16", "bfloat16"),
     "calibration": ("profile", "minmax", "entropy", "percentile"),
     "granularity": ("profile", "channel", "tensor"),
+    "weights": ("profile", "int4"),
     "equalize": (False, True),
     "correct_bias": (False, True),
 }
@@ -59,8 +60,9 @@ class Quantize:
     `bits`: "int8" is static (Jacob et al. 2018, "Quantization and Training of Neural Networks", section 2),
     "int8-dynamic" finds the range of activations while running, "int4" keeps weights of matrix products in 4 bits by
     blocks of 32 and computes in floats, "float16" and "bfloat16" are for profiles whose `types` have them.
-    `calibration` and `granularity` of int8 take the place of the profile's at a site. At site ".": `equalize` (Nagel
-    et al. 2019, section 4.1) and `correct_bias` (section 4.2).
+    `calibration` and `granularity` of int8 take the place of the profile's at a site; `weights` "int4" keeps weights of
+    what is int8 there in four bits (`fourbits`), with `bits` or without. At site ".": `equalize` (Nagel et al. 2019,
+    section 4.1) and `correct_bias` (section 4.2).
     """
 
     name = "quantize"
@@ -107,6 +109,7 @@ class Quantize:
             for part, wiring in wirings.items():
                 equalize.enact(wiring, equalized[part])
         plans = {part: Plan.of(wiring, seeds[part]) for part, wiring in wirings.items()}
+        narrow = _in_four_bits(subject.parts, wirings, kinds, settings, profile.numeric)
         count = limit or IMAGES
         numeric = profile.numeric
         ranges = _ranges(subject, plans, kinds, task, numeric, count)
@@ -115,7 +118,7 @@ class Quantize:
             written: dict[str, onnx.ModelProto] = {}
             for part, plan in plans.items():
                 channels = {name: _per_channel(claim.asked, numeric) for name, claim in kinds[part].items()}
-                written[part] = with_pairs(plan, ranges[part], numeric, channels)
+                written[part] = with_pairs(plan, ranges[part], numeric, channels, narrow[part], bare=True)
             moved = shifts.decide(plans, written, task, count)
         entries: list[Entry] = []
         for claim in claims:
@@ -130,13 +133,19 @@ class Quantize:
                 if claim.bits == "int8":
                     own = [key for key in ranges[part] if key.rpartition(":")[0] in names]
                     facts[part]["ranges"] = {key: ranges[part].pop(key) for key in own}
-            done = {"bits": WIDTH[claim.bits]}
+            every = [(part, name) for part, names in claim.nodes.items() for name in names]
+            four = sum(name in narrow[part] for part, name in every)
+            done = {"bits": WIDTH[claim.bits]} | ({"weights": 4.0} if 2 * four > len(every) else {})
             entries.append(Entry(site=claim.site, asked=claim.asked, achieved=done, facts=facts))
         if any(kinds.values()) or any(equalized.values()):
             parts: dict[str, dict[str, Any]] = {}
             for part, plan in plans.items():
                 found: dict[str, Any] = {"nodes": list(plan.nodes), "ranges": ranges[part]}
-                extra = {"equalized": equalized.get(part), "shifts": moved.get(part)}
+                extra = {
+                    "equalized": equalized.get(part),
+                    "shifts": moved.get(part),
+                    "four_bits": sorted(narrow[part]),
+                }
                 parts[part] = found | {key: value for key, value in extra.items() if value}
             network: dict[str, Choice] = {name: True for name, wanted in whole.items() if wanted}
             entries.append(Entry(site=".", asked=network, facts={"numeric": numeric.model_dump(), **parts}))
@@ -187,7 +196,8 @@ class Quantize:
             shifts.enact(wiring, planned[part.name].get("shifts", {}))
             wiring = Wiring(wiring.model)
             plan = Plan(wiring, tuple(planned[part.name].get("nodes", ())))
-            parts.append(replace(part, model=_written(plan, ranges, numeric, asked)))
+            narrow = frozenset(planned[part.name].get("four_bits", ()))
+            parts.append(replace(part, model=_written(plan, ranges, numeric, asked, narrow)))
         return replace(subject, parts=tuple(parts))
 
 
@@ -316,6 +326,32 @@ def _learned(subject: Exported, part: Part, plan: Plan) -> dict[str, Range]:
     return found
 
 
+def _in_four_bits(
+    parts: Sequence[Part],
+    wirings: Mapping[str, Wiring],
+    kinds: Mapping[str, Mapping[str, _Claim]],
+    rules: Sequence[Rule],
+    numeric: Numeric,
+) -> dict[str, frozenset[str]]:
+    """The int8 nodes of each part whose weights are kept in four bits; none where the profile's weights are no int8."""
+    asked = {rule.site: rule.settings["weights"] for rule in rules if "weights" in rule.settings}
+    found: dict[str, set[str]] = {part.name: set() for part in parts}
+    # of sites that overlap the one with fewer layers holds, as for bits
+    for site in sorted(asked, key=lambda one: -sum(len(part.nodes.get(one, ())) for part in parts)):
+        for part in parts:
+            named = set(part.nodes.get(site, ())) & kinds[part.name].keys()
+            found[part.name] -= named
+            if asked[site] == "int4" and numeric.weight == "int8":
+                wiring = wirings[part.name]
+                found[part.name] |= {
+                    name
+                    for name in named
+                    if kinds[part.name][name].bits == "int8"
+                    and fourbits.packable(wiring.constants[wiring.nodes[name].input[1]].dims)
+                }
+    return {part: frozenset(names) for part, names in found.items()}
+
+
 def _per_channel(asked: Mapping[str, Choice], numeric: Numeric) -> bool:
     """Whether a layer's weight has a scale for each output channel."""
     fine = asked.get("granularity", "profile")
@@ -326,11 +362,15 @@ def _per_channel(asked: Mapping[str, Choice], numeric: Numeric) -> bool:
 
 
 def _written(
-    plan: Plan, ranges: Mapping[str, Range], numeric: Numeric, asked: Mapping[str, Mapping[str, Choice]]
+    plan: Plan,
+    ranges: Mapping[str, Range],
+    numeric: Numeric,
+    asked: Mapping[str, Mapping[str, Choice]],
+    narrow: frozenset[str],
 ) -> bytes:
     """The part's file, each node as it is asked to compute."""
     static = {name: _per_channel(how, numeric) for name, how in asked.items() if how["bits"] == "int8"}
-    model = with_pairs(plan, ranges, numeric, static) if static else plan.wiring.model
+    model = with_pairs(plan, ranges, numeric, static, narrow) if static else plan.wiring.model
     forms: dict[str, Form] = {}
     wiring = Wiring(model)
     for name, how in asked.items():

@@ -390,7 +390,7 @@ class _Table:
 def _gained(one: Probed, *, best: bool) -> dict[str, float]:
     """Milliseconds by profile and the share of the size; a file's bytes do not ask what is beside them."""
     if best:
-        return one.best_ms
+        return one.best_ms if one.best_smaller is None else {**one.best_ms, SIZE: one.best_smaller}
     return one.ms if one.smaller is None else {**one.ms, SIZE: one.smaller}
 
 

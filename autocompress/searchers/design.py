@@ -231,6 +231,8 @@ def _reversed_bits(i: int, count: int) -> tuple[float, int]:
 def evenly(space: Space) -> Iterator[Genotype]:
     """So many blocks of each stage dropped, evenly spread over it, in all combinations; what is left in integers.
 
+    Their weights in eight bits, and in four where the space asks.
+
     With so many stages that there are too many combinations, as large a share of each.
     """
     stages: dict[str, list[int]] = {}
@@ -242,13 +244,23 @@ def evenly(space: Space) -> Iterator[Genotype]:
     counts = [[round(len(members) * level / (levels - 1)) for level in range(levels)] for members in stages.values()]
     plain = integers(space)
     for dropped in product(*map(dict.fromkeys, counts)) if alone else zip(*counts, strict=True):
-        values = list(plain)
-        for many, members in zip(dropped, stages.values(), strict=True):
-            for place in sp.spaced(len(members), many):
-                i = members[place]
-                values[i] = space.genes[i].choices.index("drop")
-        if any(dropped):
-            yield sp.canonical(space, tuple(values))
+        for kept in dict.fromkeys((plain, packed(space, plain))):
+            values = list(kept)
+            for many, members in zip(dropped, stages.values(), strict=True):
+                for place in sp.spaced(len(members), many):
+                    i = members[place]
+                    values[i] = space.genes[i].choices.index("drop")
+            if any(dropped):
+                yield sp.canonical(space, tuple(values))
+
+
+def packed(space: Space, g: Genotype) -> Genotype:
+    """The same with the weights of integers in four bits, wherever that is asked."""
+    chosen = [
+        gene.choices.index("int4") if (gene.op, gene.param) == ("quantize", "weights") else value
+        for gene, value in zip(space.genes, g, strict=True)
+    ]
+    return sp.canonical(space, tuple(chosen))
 
 
 def clumps(model: Additive, encoded: Floats) -> Floats:

@@ -295,7 +295,7 @@ def probed(space: Space, facts: Facts) -> dict[str, list[float]]:
             0.0 if one is None else -_mean([one.ms.get(profile), one.best_ms.get(profile)]) / ms for one in rows
         ]
     if any(one is not None and one.smaller is not None for one in rows):
-        found[SIZED] = [0.0 if one is None else -(one.smaller or 0.0) for one in rows]
+        found[SIZED] = [0.0 if one is None else -(one.best_smaller or one.smaller or 0.0) for one in rows]
     return found
 
 
