@@ -92,6 +92,8 @@ def _asked(one: Probed, space: Space) -> tuple[str, str]:
         return f"{gene.name} {_said(one.choice)}", "whole"
     word = SHORT.get(gene.op)
     choice = _said(one.choice)
+    if gene.param == "weights":
+        return gene.site, f"weights {choice}"
     if isinstance(one.choice, str) and not word:
         return gene.site, choice
     return gene.site, f"{word or gene.op} {choice}"
@@ -115,7 +117,7 @@ def _said(choice: Choice) -> str:
 def _order(column: str) -> tuple[int, str]:
     """Structure before numbers, the whole network first."""
     first = {"whole": 0, "drop": 1, "merge": 2}
-    return (first.get(column, 8 if "int8" in column or "float" in column else 5), column)
+    return (first.get(column, 8 if any(kind in column for kind in ("int8", "int4", "float")) else 5), column)
 
 
 def _title(one: Probed) -> str:

@@ -59,7 +59,8 @@ def parts(
     if job.quality.metric != data.metric:
         raise UserError(f"quality.metric: task {data.name!r} measures {data.metric!r}, not {job.quality.metric!r}")
     profiles, budgets = load.targets(job.devices)
-    genes = space or make_space(job.space, network, profiles, routes=job.search.routes)
+    small = any(budget.size_mb is not None for budget in budgets)
+    genes = space or make_space(job.space, network, profiles, routes=job.search.routes, small=small)
     if space is not None:
         load.check_space(space)
     resolved = tuple(resolve_local(profile) for profile in profiles)
@@ -134,13 +135,18 @@ def _check_options(key: str, what: str, function: Any, options: Mapping[str, Any
         raise UserError(f"{key}: {what} has no option {strange[0]!r}; {suggest(strange[0], known)}")
 
 
-def make_space(name: str, network: Builder, profiles: Sequence[Profile], *, routes: bool = False) -> Space:
-    """The space of a job: derived from the network (with exits and gates if asked), from the shelf or from a file."""
+def make_space(
+    name: str, network: Builder, profiles: Sequence[Profile], *, routes: bool = False, small: bool = False
+) -> Space:
+    """The space of a job: derived from the network (with exits and gates if asked), from the shelf or from a file.
+
+    `small`: a budget bounds the file's size.
+    """
     if name != auto.NAME:
         return load.space(name, network)
     if not network.sites():
         raise UserError(f"space: auto: model {network.name} has no layer or block that an op could act on")
-    return auto.targeted(network, profiles, routes=routes)
+    return auto.targeted(network, profiles, routes=routes, small=small)
 
 
 def make_ops(names: tuple[str, ...]) -> Mapping[str, Op]:

@@ -21,6 +21,12 @@ MAIN = {
     "store": "codec",
 }
 """The parameter of a built-in op that says whether and how much; the others say how."""
+BESIDE = (
+    ("weights", "int4", "4-bit weights"),
+    ("equalize", True, "equalized"),
+    ("correct_bias", True, "biases corrected"),
+)
+"""What `quantize` may ask beside or without bits, and its words."""
 _ALONE: tuple[Any, ...] = (None, "keep", "float", "none", 0.0, False)
 _SAID = {"drop": "drop block", "merge": "merge block"}
 
@@ -32,7 +38,7 @@ def asks(op: str, settings: Mapping[str, Any]) -> bool:
     main = settings.get(MAIN[op])
     if op == "lowrank":
         return main is not None and main != 1.0
-    more = op == "quantize" and (settings.get("equalize") is True or settings.get("correct_bias") is True)
+    more = op == "quantize" and any(settings.get(key) == value for key, value, _ in BESIDE)
     pattern = op == "sparsify" and settings.get("pattern", "unstructured") != "unstructured"
     return main not in _ALONE or more or (pattern and main is None)
 
@@ -54,8 +60,7 @@ def _named(op: str, settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
     main = settings.get(MAIN.get(op, ""))
     if op == "quantize":
         found = [(_short(main), None)] if main not in _ALONE else []
-        network = (("equalize", "equalized"), ("correct_bias", "biases corrected"))
-        return found + [(words, None) for key, words in network if settings.get(key) is True]
+        return found + [(words, None) for key, value, words in BESIDE if settings.get(key) == value]
     if op == "block":
         return [(_SAID.get(str(main), f"block {main}"), None)]
     if op in ("replace", "store", "qat"):

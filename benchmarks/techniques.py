@@ -193,6 +193,17 @@ ARMS = (
         beside="onnxruntime, MatMulNBitsQuantizer",
     ),
     Arm(
+        "int8, its weights in four bits, not trained",
+        rows_of("quantize", bits="int8", weights="int4"),
+        trained=False,
+        beside="none: no library packs the weights of integer convolutions",
+    ),
+    Arm(
+        "int8, its weights in four bits",
+        rows_of("quantize", bits="int8", weights="int4"),
+        beside="none: no library packs the weights of integer convolutions",
+    ),
+    Arm(
         "float16",
         rows_of("quantize", bits="float16"),
         trained=False,

@@ -19,13 +19,26 @@ from autocompress.models.foreign import Foreign
 from autocompress.ops import TrainOp, fourbits
 from autocompress.ops.fourbits import FourBits
 from autocompress.ops.quantize import Quantize
-from autocompress.parts import make_ops
+from autocompress.parts import make_ops, parts
 from autocompress.pipeline import Work, release, shape, training
 from autocompress.searchers.additive import SIZE, additive, rows
 from autocompress.searchers.design import evenly
 from autocompress.tasks.digits import Digits
 from autocompress.train import reestimate_batchnorm
-from autocompress.types import Candidate, Facts, Gene, Numeric, Policy, Probed, Profile, Rule, Site, Space, UserError
+from autocompress.types import (
+    Candidate,
+    Facts,
+    Gene,
+    Job,
+    Numeric,
+    Policy,
+    Probed,
+    Profile,
+    Rule,
+    Site,
+    Space,
+    UserError,
+)
 
 TASK, VNNI = Digits(), Profile(name="vnni")
 UNSIGNED = Profile(name="unsigned", numeric=Numeric(weight="uint8"))
@@ -250,3 +263,19 @@ def test_what_is_saved_among_integers_is_saved_there_alone():
     assert found[3] == pytest.approx(0.125, rel=0.05)
     even = list(evenly(space))
     assert {g[3] for g in even} == {0, 1}
+
+
+@pytest.mark.parametrize("size_mb", [None, 0.1])
+def test_a_job_with_a_bound_on_size_asks_it(size_mb):
+    budget = {"profile": "local-1t", "speedup": 2} | ({"size_mb": size_mb} if size_mb else {})
+    job = Job.model_validate(
+        {
+            "task": "digits",
+            "model": {"builder": "torchvision:resnet18"},
+            "space": "auto",
+            "devices": [budget],
+            "out": "unused",
+        }
+    )
+    found = parts(job, task=Digits(), builder=network())
+    assert any(gene.param == "weights" for gene in found.space.genes) == (size_mb is not None)
