@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from autocompress import registry, spacefile
 from autocompress.load import SpaceFile, among, holder
-from autocompress.types import Choice, Gene, Profile, Rule, Site, Space
+from autocompress.shelves import suggest
+from autocompress.types import Choice, Gene, Profile, Rule, Site, Space, UserError
 
 if TYPE_CHECKING:
     from autocompress.models import Builder
@@ -145,6 +146,18 @@ def reduce(full: Space, gone: Collection[tuple[str, Choice]]) -> Space:
         else:
             left[gene.name] = gene.model_copy(update={"choices": choices, "when": when})
     return Space(name=full.name, genes=tuple(left.values()), always=full.always)
+
+
+def limited(full: Space, ops: Collection[str]) -> Space:
+    """The space with the questions of these ops alone; `arch` stands for the architecture's knobs.
+
+    Raises UserError for what the space does not ask.
+    """
+    kinds = {gene.name: gene.op or "arch" for gene in full.genes}
+    known = list(dict.fromkeys(kinds.values()))
+    if strange := [op for op in ops if op not in known]:
+        raise UserError(f"search.ops: the derived space asks nothing of {strange[0]!r}; {suggest(strange[0], known)}")
+    return reduce(full, [(g.name, choice) for g in full.genes if kinds[g.name] not in ops for choice in g.choices[1:]])
 
 
 # --- architecture, recipe, blocks -----------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def parts(
         raise UserError(f"quality.metric: task {data.name!r} measures {data.metric!r}, not {job.quality.metric!r}")
     profiles, budgets = load.targets(job.devices)
     small = any(budget.size_mb is not None for budget in budgets)
-    genes = space or make_space(job.space, network, profiles, routes=job.search.routes, small=small)
+    genes = space or make_space(job.space, network, profiles, job.search, small=small)
     if space is not None:
         load.check_space(space)
     resolved = tuple(resolve_local(profile) for profile in profiles)
@@ -136,17 +136,20 @@ def _check_options(key: str, what: str, function: Any, options: Mapping[str, Any
 
 
 def make_space(
-    name: str, network: Builder, profiles: Sequence[Profile], *, routes: bool = False, small: bool = False
+    name: str, network: Builder, profiles: Sequence[Profile], plan: SearchPlan, *, small: bool = False
 ) -> Space:
-    """The space of a job: derived from the network (with exits and gates if asked), from the shelf or from a file.
+    """The space of a job: derived from the network as its plan says, from the shelf or from a file.
 
     `small`: a budget bounds the file's size.
     """
     if name != auto.NAME:
+        if plan.ops:
+            raise UserError("search.ops: is for `space: auto`; leave rows out of the space's own file instead")
         return load.space(name, network)
     if not network.sites():
         raise UserError(f"space: auto: model {network.name} has no layer or block that an op could act on")
-    return auto.targeted(network, profiles, routes=routes, small=small)
+    found = auto.targeted(network, profiles, routes=plan.routes, small=small)
+    return auto.limited(found, plan.ops) if plan.ops else found
 
 
 def make_ops(names: tuple[str, ...]) -> Mapping[str, Op]:

@@ -184,6 +184,7 @@ def search(
     probe: float = 60.0,
     elastic: float = 0.0,
     routes: bool = False,
+    ops: Sequence[str] = (),
     warm: Sequence[str | Path] = (),
     out: str | Path = "runs/search",
     address: str | None = None,
@@ -201,8 +202,9 @@ def search(
     model and task take, `epochs` how long a model without weights is trained first. The space is derived from the
     network (`auto`) and probed for at most `probe` seconds, unless it is the built-in one; for `elastic` minutes
     structures of it learn to share the parent's weights before the search. With `routes` it offers exits and gates too,
-    whose files decide by their input and take one sample at a time. `warm` names folders of earlier runs, of
-    this or another network or device, whose trials the searcher begins with. Of the `minutes` the share `final` is kept
+    whose files decide by their input and take one sample at a time; with `ops` it asks of these ops alone. `warm` names
+    folders of earlier runs, of this or another network or device, whose trials the searcher begins with. Of the
+    `minutes` the share `final` is kept
     for the last rung, to which the best few alone are trained, one after another on all cores. `screen` leaves
     unmeasured what is predicted to be far over every budget, `patience` is how many minutes to wait for devices that
     are away. Budgets, quality and fidelity are the records of a job file or mappings of their fields.
@@ -231,6 +233,7 @@ def search(
             "probe": probe,
             "elastic": elastic,
             "routes": routes,
+            "ops": list(ops),
             "warm": [str(path) for path in warm],
             "workers": workers,
             "screen": screen,

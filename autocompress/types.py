@@ -543,6 +543,7 @@ class SearchPlan(Record):
     warm: tuple[str, ...] = ()  # folders or journals of earlier runs whose trials it begins with
     elastic: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # minutes for an elastic parent; 0: none
     routes: bool = False  # `space: auto` offers exits and gates too; such files take one sample at a time
+    ops: tuple[str, ...] = ()  # of `space: auto` these alone, `arch` for the builder's knobs; none: all of them
 
     @model_validator(mode="after")
     def _something_before_the_last(self) -> SearchPlan:

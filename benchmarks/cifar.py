@@ -55,8 +55,9 @@ ARMS = {
 }
 RESERVE = 5.0  # of the minutes: start, probe, certificates
 EPOCHS = 200.0  # more than any time here allows: a training goes as far along as its minutes reach
-RUNGS = (0.0005, 0.003, 1.0)  # a tenth of an epoch, then half of one; the rest is for the best few
-FINAL = 0.72  # of the search's minutes
+RUNGS = (0.001, 1.0)  # a fifth of an epoch; the rest is for the best few
+FINAL = 0.8  # of the search's minutes
+OPS = ("block", "quantize")  # of 16 to 64 channels few can go: earlier searches won nothing by width, form or rank
 MARK_S = 120.0  # a training arm is saved at least so often
 SLACK = 0.97
 FINE = 1 / 8  # of the rate, where the network is the trained one itself
@@ -127,6 +128,7 @@ class Headline(Bench):
             fidelity={"full_epochs": EPOCHS, "rungs": RUNGS, "keep": 0.25},
             probe=120.0,
             elastic=self.asked.elastic * self.asked.minutes,
+            ops=self.asked.ops,
             workers=self.asked.workers,
             out=out,
             console=self.console,
@@ -263,6 +265,7 @@ def main() -> None:
     parser.add_argument("--elastic", type=float, default=0.0, help="share of the minutes for an elastic parent")
     parser.add_argument("--workers", type=int, help="trials at once; default: all cores that are not the station's")
     parser.add_argument("--threads", type=int, help="of trained arms; 1 on a machine that others use")
+    parser.add_argument("--ops", type=lambda text: tuple(filter(None, text.split(","))), default=OPS, help="'' for all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/cifar"))
     parser.add_argument("--json", type=Path)

@@ -21,7 +21,7 @@ from autocompress.parts import make_builder, make_space
 from autocompress.pipeline import Work, export_float, frozen, load_weights, weights_of
 from autocompress.tasks import InputSpec
 from autocompress.train import Training, reestimate_batchnorm
-from autocompress.types import Profile, TrialFailure, UserError
+from autocompress.types import Profile, SearchPlan, TrialFailure, UserError
 
 IMAGE = InputSpec(shape=(3, 32, 32))
 FLAT = InputSpec(shape=(4,))
@@ -504,7 +504,7 @@ def test_a_batch_size_written_into_the_file_is_one_line():
 
 def test_nothing_to_act_on_is_said():
     with pytest.raises(UserError, match=r"^space: auto: model mine has no layer or block that an op could act on$"):
-        make_space("auto", Foreign("mine", nn.Flatten, FLAT), ())
+        make_space("auto", Foreign("mine", nn.Flatten, FLAT), (), SearchPlan())
 
 
 class One:
