@@ -119,7 +119,10 @@ def space(
                 name = f"{op}.{param}@{path}"
                 choices = whole.choices(op, members)
                 genes[name] = Gene(name=name, kind="policy", choices=choices, when=when, site=path, op=op, param=param)
-    return Space(name=NAME, genes=(*genes.values(), *packed, *hung, *recipe), always=tuple(_taught()))
+    for gene in packed:
+        own = f"quantize.bits@{gene.site}"  # of a site, or of a module whose sites are tied
+        genes[gene.name] = gene.model_copy(update={"when": {own: ("int8",)}}) if own in genes else gene
+    return Space(name=NAME, genes=(*genes.values(), *hung, *recipe), always=tuple(_taught()))
 
 
 PARAMS = {"block": "kind", "replace": "kind", "prune": "ratio", "lowrank": "rank", "quantize": "bits"}
@@ -196,8 +199,7 @@ def _packed(whole: _Whole, places: Places) -> Iterable[Gene]:
         places = wider
     for path, members in places.items():
         held = sum(site.parameters for site in members) / whole.parameters
-        # a site with a gene of its own is asked in one rule with it
-        if held >= SHARES["weights"] and members[1:]:
+        if held >= SHARES["weights"]:
             yield _gene("quantize", "weights", path, ("profile", "int4"))
 
 

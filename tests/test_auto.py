@@ -296,3 +296,26 @@ def test_a_reduced_space_reads_back(tmp_path):
     less = auto.reduce(space, gone)
     assert 0 < len(less.genes) < len(space.genes)
     assert reread(less, builder, tmp_path).genes == less.genes
+
+
+def test_a_derived_space_asks_of_the_named_ops_alone(tmp_path):
+    builder = Given([*layers(3, parameters=9), *layers(3, prefix="tail", parameters=9)], {"steps": 4})
+    full = auto.space(builder, small=True)
+    few = {gene.site: gene.when for gene in full.genes if gene.param == "weights"}
+    assert few == {site.name: {f"quantize.bits@{site.name}": ("int8",)} for site in builder.sites()}
+    stages = [
+        *layers(6, parameters=9),
+        *layers(6, prefix="tail", parameters=9),
+        *layers(1, prefix="head", parameters=1),
+    ]
+    many = auto.space(Given(stages), small=True)
+    assert {gene.site: gene.when for gene in many.genes if gene.param == "weights"} == {"body": {}, "tail": {}}
+    assert reread(full, builder, tmp_path).genes == full.genes
+    some = auto.limited(full, ("quantize", "arch"))
+    assert {gene.op for gene in some.genes} == {"quantize", ""}
+    assert some.always == full.always
+    assert auto.limited(full, tuple({gene.op or "arch" for gene in full.genes})) == full
+    with pytest.raises(
+        UserError, match=r"search\.ops: the derived space asks nothing of 'pruen'; did you mean 'prune'"
+    ):
+        auto.limited(full, ("pruen",))
