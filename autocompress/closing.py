@@ -26,6 +26,7 @@ PAYS = 0.25  # of a core's worth, that each further thread must bring: what coun
 MARK_S = 300.0  # a checkpoint at least so often
 SLACK = 0.92  # of the time is planned: quality, files and readings take some
 WORTH = 0.1  # of the kept time: with less left there is no further round
+LAGS = 0.1  # of the best quality, that a slower candidate may lack after little training
 LEAST = 1e-4  # of the full training, that a trial goes on by in any case
 
 
@@ -141,7 +142,8 @@ class Closing:
         ]
         if among is None:
             able = [at_the_top(trial, min(trial.rung, last), steps) for trial in able]
-        ranked = [order(able, goal, self.limit)[:count] for goal in self.goals]
+        choose = first if among is not None else contenders
+        ranked = [choose(order(able, goal, self.limit), count) for goal in self.goals]
         turns = [one for place in zip(*(pad(numbers, count) for numbers in ranked), strict=True) for one in place]
         return tuple(dict.fromkeys(number for number in turns if number is not None))
 
@@ -183,11 +185,56 @@ def shifted(outcome: Outcome, by: float) -> Outcome:
     return outcome.model_copy(update={"quality": qualities})
 
 
-def order(trials: Sequence[Trial], goal: Goal, limit: Limit) -> list[int]:
-    """Numbers by violation, then quality, then latency; one of each genotype."""
+@dataclass(frozen=True)
+class Ranked:
+    """A trial under one goal."""
+
+    number: int
+    score: pareto.Score
+    sure: float  # half of the interval of its quality
+
+
+def contenders(ranked: Sequence[Ranked], count: int) -> list[int]:
+    """Who goes on after little training: the best, those that are slower than all better ones, then the others.
+
+    A network of which little is left learns what it can in a moment, one of which more is left gets farther: the first
+    rungs prefer what is cut too deeply. Of the slower ones those count that are within LAGS of the best quality, the
+    slowest first.
+    """
+    if not ranked:
+        return []
+    slower: list[Ranked] = []
+    lagging = ranked[0].score.quality - LAGS * abs(ranked[0].score.quality)
+    for one in ranked[1:]:
+        behind = max([ranked[0].score.latency, *(other.score.latency for other in slower)])
+        if one.score.latency > behind and one.score.quality >= lagging:
+            slower.append(one)
+    chosen = [ranked[0], *reversed(slower)]
+    return list(dict.fromkeys(one.number for one in (*chosen, *ranked)))[:count]
+
+
+def first(ranked: Sequence[Ranked], count: int) -> list[int]:
+    """The best; of those whose quality cannot be told from its the slowest, which has most to gain from training."""
+    if not ranked:
+        return []
+    best = ranked[0]
+    equal = [one for one in ranked if best.score.quality - one.score.quality <= best.sure and not _exceeds(one, best)]
+    ahead = max(equal, key=lambda one: one.score.latency)
+    return list(dict.fromkeys((ahead.number, *(one.number for one in ranked))))[:count]
+
+
+def _exceeds(one: Ranked, best: Ranked) -> bool:
+    """Whether it violates more than the best does by its lower quality alone."""
+    shortfall = max(0.0, best.score.quality - one.score.quality) / max(abs(best.score.quality), 1e-9)
+    return one.score.violation > best.score.violation + 1.1 * shortfall + 1e-9
+
+
+def order(trials: Sequence[Trial], goal: Goal, limit: Limit) -> list[Ranked]:
+    """By violation, then quality, then latency; one of each genotype."""
     known = [(score, trial) for trial in trials if (score := pareto.score(trial.outcome, goal, limit)) is not None]
     known.sort(key=lambda one: (one[0].violation, -one[0].quality, one[0].latency, one[1].number))
-    once: dict[tuple[int, ...], int] = {}
-    for _, trial in known:
-        once.setdefault(tuple(trial.genotype), trial.number)
+    once: dict[tuple[int, ...], Ranked] = {}
+    for score, trial in known:
+        widths = [one.value.high - one.value.value for one in trial.outcome.quality.values()]
+        once.setdefault(tuple(trial.genotype), Ranked(trial.number, score, max(widths, default=0.0)))
     return list(once.values())

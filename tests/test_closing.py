@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from autocompress import journal as journals
-from autocompress.closing import FIRST, SLACK, Closing, marks
+from autocompress.closing import FIRST, SLACK, Closing, Ranked, contenders, first, marks
 from autocompress.controller import Controller, Header, run_serial
 from autocompress.devices.cores import CorePlan, at_large, keep_to
 from autocompress.journal import Journal
+from autocompress.pareto import Score
 from autocompress.types import Assignment, Cost, Fidelity, Outcome, SearchPlan, State, UserError
 from tests.test_controller import Closed, Learner, head, story
 
@@ -173,3 +174,27 @@ def test_the_last_network_trains_on_the_stations_cores_too():
         assert os.sched_getaffinity(0) == set(plan.trainers)
     finally:
         keep_to(every)
+
+
+def ranked(*found: tuple[float, float], sure: float = 0.01) -> list[Ranked]:
+    """Trials of these qualities and latencies, the floor far above: the shortfall is all that they violate."""
+    trials = [Ranked(n, Score(q, t, (1.0 - q)), sure) for n, (q, t) in enumerate(found, start=1)]
+    return sorted(trials, key=lambda one: one.score.violation)
+
+
+def test_after_little_training_slower_candidates_go_on_beside_the_best():
+    # 3 is slower than all better ones, 4 is slower still; 2 is faster and worse, 5 lags too far behind
+    found = ranked((0.80, 0.10), (0.78, 0.08), (0.77, 0.16), (0.75, 0.20), (0.40, 0.22))
+    assert contenders(found, 3) == [1, 4, 3]
+    assert contenders(found, 5) == [1, 4, 3, 2, 5]
+    assert contenders(found, 1) == [1]
+    assert contenders([], 3) == []
+
+
+def test_of_those_that_cannot_be_told_apart_the_slowest_trains_longest():
+    found = ranked((0.800, 0.10), (0.795, 0.14), (0.794, 0.18), (0.780, 0.20))
+    assert first(found, 1) == [3]
+    assert first(ranked((0.80, 0.10), (0.78, 0.20)), 1) == [1]
+    over = [*found, Ranked(9, Score(0.799, 0.9, 0.9), 0.01)]  # it breaks a budget
+    assert first(over, 1) == [3]
+    assert first([], 1) == []
