@@ -26,7 +26,7 @@ PAYS = 0.25  # of a core's worth, that each further thread must bring: what coun
 MARK_S = 300.0  # a checkpoint at least so often
 SLACK = 0.92  # of the time is planned: quality, files and readings take some
 WORTH = 0.1  # of the kept time: with less left there is no further round
-LAGS = 0.1  # of the best quality, that a slower candidate may lack after little training
+LAGS = 0.05  # of the best quality, that a slower candidate may lack after little training
 LEAST = 1e-4  # of the full training, that a trial goes on by in any case
 
 
@@ -198,18 +198,15 @@ def contenders(ranked: Sequence[Ranked], count: int) -> list[int]:
     """Who goes on after little training: the best, those that are slower than all better ones, then the others.
 
     A network of which little is left learns what it can in a moment, one of which more is left gets farther: the first
-    rungs prefer what is cut too deeply. Of the slower ones those count that are within LAGS of the best quality, the
-    slowest first.
+    rungs prefer what is cut too deeply. Of the slower ones those count that are within LAGS of the best quality.
     """
     if not ranked:
         return []
-    slower: list[Ranked] = []
-    lagging = ranked[0].score.quality - LAGS * abs(ranked[0].score.quality)
+    chosen = [ranked[0]]
+    least = ranked[0].score.quality - LAGS * abs(ranked[0].score.quality)
     for one in ranked[1:]:
-        behind = max([ranked[0].score.latency, *(other.score.latency for other in slower)])
-        if one.score.latency > behind and one.score.quality >= lagging:
-            slower.append(one)
-    chosen = [ranked[0], *reversed(slower)]
+        if one.score.latency > chosen[-1].score.latency and one.score.quality >= least:
+            chosen.append(one)
     return list(dict.fromkeys(one.number for one in (*chosen, *ranked)))[:count]
 
 
