@@ -1,5 +1,6 @@
 """Weights of integer layers in four bits: small files, as fast, trained to be rounded, offered where it helps."""
 
+import contextlib
 import copy
 from collections import Counter
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import nn
 
-from autocompress import auto
+from autocompress import auto, load, reuse
 from autocompress.export import compose, export, predictor
 from autocompress.models.convnet import ConvNet
 from autocompress.models.foreign import Foreign
@@ -21,15 +23,18 @@ from autocompress.ops.fourbits import FourBits
 from autocompress.ops.quantize import Quantize
 from autocompress.parts import make_ops, parts
 from autocompress.pipeline import Work, release, shape, training
+from autocompress.run import run
 from autocompress.searchers.additive import SIZE, additive, rows
 from autocompress.searchers.design import evenly
 from autocompress.tasks.digits import Digits
 from autocompress.train import reestimate_batchnorm
 from autocompress.types import (
     Candidate,
+    Cost,
     Facts,
     Gene,
     Job,
+    LimitError,
     Numeric,
     Policy,
     Probed,
@@ -39,6 +44,7 @@ from autocompress.types import (
     Space,
     UserError,
 )
+from tests.small_search import builder, job
 
 TASK, VNNI = Digits(), Profile(name="vnni")
 UNSIGNED = Profile(name="unsigned", numeric=Numeric(weight="uint8"))
@@ -279,3 +285,27 @@ def test_a_job_with_a_bound_on_size_asks_it(size_mb):
     )
     found = parts(job, task=Digits(), builder=network())
     assert any(gene.param == "weights" for gene in found.space.genes) == (size_mb is not None)
+
+
+@pytest.mark.timeout(300)
+def test_a_search_ships_them_and_its_policy_is_applied_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTOCOMPRESS_CACHE", str(tmp_path / "cache"))
+    packed = tmp_path / "packed.yaml"
+    packed.write_text(
+        "name: packed\nbuilder: convnet\narch: {depth.2: [2, 1]}\npolicy: []\n"
+        "always: [{op: quantize, site: '.', settings: {bits: int8, weights: int4}}]\n"
+    )
+    asked = job(tmp_path / "out", cost=Cost(trials=2, minutes=5))
+    found = run(asked, builder=builder(), space=load.space(packed, builder()), serial=True, console=Console(quiet=True))
+    winner = (found.winners | found.closest)["local-1t"]
+    assert "4-bit weights" in winner.policy
+    made = tmp_path / "out" / winner.path
+    names = {one.name for one in onnx.load(made / "model.onnx").graph.initializer}
+    assert any(name.endswith("_packed") for name in names)
+    assert reuse.apply(made, model=builder()).byte_equal
+    next_weeks = tmp_path / "next.safetensors"
+    next_weeks.write_bytes((tmp_path / "out" / "baseline" / "weights.safetensors").read_bytes())
+    with contextlib.suppress(LimitError):  # a busy machine may not certify it; it is written all the same
+        reuse.apply(made, weights=next_weeks, out=tmp_path / "next", max_drop=0.9, model=builder())
+    again = {one.name for one in onnx.load(tmp_path / "next" / "model.onnx").graph.initializer}
+    assert {name for name in again if name.endswith("_packed")} == {name for name in names if name.endswith("_packed")}
