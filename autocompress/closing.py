@@ -1,10 +1,10 @@
 """After the search: the best few train on, as far as the kept time reaches.
 
-As in successive halving (Jamieson and Talwalkar 2016) a few share the first part of the time, one on each worker; then
-the best of each goal has what is left, on all cores, or on one where that is faster (others use the machine too). Where
-threads do not pay (many small layers), the few train side by side for the whole time. Who they are is decided by
-quality as it is expected at the highest rung that corrections lead to (`ranks`). All is journalled: an interrupted
-closing goes on where it was.
+As in successive halving (Jamieson and Talwalkar 2016) a few share the first part of the time, one on each worker, or
+one after another where there is one worker; then the best of each goal has what is left, on all cores, or on one where
+that is faster (others use the machine too). Where threads do not pay (many small layers), the few train side by side
+for the whole time. Who they are is decided by quality as it is expected at the highest rung that corrections lead to
+(`ranks`), and by what is left of the network. All is journalled: an interrupted closing goes on where it was.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Pace(Protocol):
 class Closing:
     """Picks who goes on and how far. `together` and `alone` do the trials that the controller then asks for.
 
-    The former with one thread on each of `workers`, the latter one after another with as many threads as it is told.
+    The former with one thread on each of several `workers`, the latter one after another with as many as it is told.
     """
 
     controller: Controller
@@ -61,7 +61,8 @@ class Closing:
         controller = self.controller
         while not controller.stopped:
             if controller.rounds and not controller.finished:
-                self.together() if controller.rounds == 1 else self.alone(self.width)
+                beside = controller.rounds == 1 and self.workers > 1
+                self.together() if beside else self.alone(self.width)
             elif controller.rounds == 2 or not self.begin():
                 return
 
@@ -80,7 +81,7 @@ class Closing:
             each = left / waves
             if len(numbers) > len(self.goals) and (self.workers == 1 or self.threads_pay(numbers[0])):
                 each *= FIRST
-            threads = 1
+            threads = 1 if self.workers > 1 else self.width
         else:
             numbers = self.best(1, set(controller.in_finals))
             each, threads = left / max(1, len(numbers)), self.width
@@ -98,8 +99,9 @@ class Closing:
 
     @cached_property
     def width(self) -> int:
-        """Threads of the last round: all where they are faster than one, which they are not beside other work."""
-        number = next((n for n in sorted(self.controller.in_finals) if self.controller.assignment(n).checkpoint), None)
+        """Threads of who trains alone: all where they are faster than one, which they are not beside other work."""
+        some = sorted(self.controller.in_finals) or self.best(1)
+        number = next((n for n in some if self.controller.assignment(n).checkpoint), None)
         return self.threads if number is None or self.gain(number) > 1 else 1
 
     def gain(self, number: int) -> float:

@@ -546,9 +546,9 @@ class _Run:
             with at_large(plan, count):
                 run_serial(controller, here(count), hear, keep=store.put)
 
-        def pace(assignment: Assignment, count: int) -> float:
-            with at_large(plan, count):
-                return here(count).pace(assignment)
+        def pace(assignment: Assignment, threads: int) -> float:
+            with at_large(plan, threads):
+                return here(threads).pace(assignment)
 
         def together(hear: Callable[[Event], None]) -> None:
             if session is None:

@@ -46,7 +46,7 @@ class Noise:
     def __init__(self, channels: int, side: int) -> None:
         self.input = InputSpec(shape=(channels, side, side))
 
-    def batches(self, _split: str, size: int, *, limit: int | None = None, **_: Any) -> Any:
+    def batches(self, _split: str, size: int, *, limit: int | None = None, **_more: Any) -> Any:
         """Batches of normal values."""
         generator = torch.Generator().manual_seed(0)
         for _ in range(max(1, min(8, limit or 8) // min(size, 8))):

@@ -133,9 +133,9 @@ def test_the_last_one_has_one_thread_where_more_are_slower(tmp_path: Path, facto
 
     pace = lambda _, threads: 7200.0 * (factor if threads > 1 else 1.0)  # noqa: E731
     replace(closing(controller, Kept()), pace=pace, alone=alone, threads=3).go()
-    assert used == [wanted]
+    assert used == [wanted, wanted]  # a single worker's first round has all threads too
     far = max(trial.outcome.fidelity for trial in controller.trials if trial.number)
-    assert far == pytest.approx(0.2 + SLACK * FIRST / 3 / 2 + SLACK / 2 / min(factor, 1.0), abs=1e-5)
+    assert far == pytest.approx(0.2 + SLACK * (FIRST / 3 + 1) / 2 / min(factor, 1.0), abs=1e-5)
     controller.journal.close()
 
 

@@ -306,7 +306,7 @@ class _Writing:
             constant("fourbits.base", np.uint8(16)),
             constant("fourbits.zero", np.int32(8)),
         ]
-        steps = (
+        steps: tuple[tuple[str, list[str], dict[str, Any]], ...] = (
             ("BitShift", [f"{weight}_packed", "fourbits.shift"], {"direction": "RIGHT"}),
             ("Mod", [f"{weight}_packed", "fourbits.base"], {}),
             ("Concat", [f"{weight}/0", f"{weight}/1"], {"axis": 0}),
