@@ -21,6 +21,7 @@ from autocompress.models.foreign import Foreign
 from autocompress.ops import TrainOp, fourbits
 from autocompress.ops.fourbits import FourBits
 from autocompress.ops.quantize import Quantize
+from autocompress.ops.store import Store
 from autocompress.parts import make_ops, parts
 from autocompress.pipeline import Work, release, shape, training
 from autocompress.run import run
@@ -309,3 +310,14 @@ def test_a_search_ships_them_and_its_policy_is_applied_again(tmp_path, monkeypat
         reuse.apply(made, weights=next_weeks, out=tmp_path / "next", max_drop=0.9, model=builder())
     again = {one.name for one in onnx.load(tmp_path / "next" / "model.onnx").graph.initializer}
     assert {name for name in again if name.endswith("_packed")} == {name for name in names if name.endswith("_packed")}
+
+
+def test_tables_leave_packed_weights_alone():
+    exported = export(network(), TASK.input, opset=17)
+    op = Quantize()
+    packed = op.enact(exported, op.decide(exported, [EVERYWHERE], TASK, VNNI))
+    rule = Rule(site=".", op="store", settings={"codec": "codebook"})
+    receipt = Store().decide(packed, [rule], TASK, VNNI)
+    named = {name for entry in receipt.entries for name in entry.facts.get("model", {})}
+    assert not any(name.endswith(fourbits.PACKED) for name in named)
+    np.testing.assert_array_equal(answers(compose(Store().enact(packed, receipt))), answers(compose(packed)))

@@ -25,6 +25,8 @@ MOST = 7
 CLIP = 2.7
 """Root mean squares at which a channel's weights are cut off: of a normal distribution 15 steps miss least with these
 (Max 1960, "Quantizing for minimum distortion", for 16 steps)."""
+PACKED = "_packed"
+"""At the end of the names of constants that hold two integers a byte."""
 HANDLE = "fourbits_handles"
 
 

@@ -298,17 +298,17 @@ class _Writing:
         In operations of any opset from 11 on, folded before integer kernels are looked for; a tensor of type int4 and
         a Cast are shorter, but need opset 21 and a runtime that casts them.
         """
-        name = f"{weight}_quantized"
+        name, packed = f"{weight}_quantized", f"{weight}{fourbits.PACKED}"
         self.constants = [one for one in self.constants if one.name != name]
-        self.constants.append(constant(f"{weight}_packed", fourbits.packed(integers)))
+        self.constants.append(constant(packed, fourbits.packed(integers)))
         self.constants += [
             constant("fourbits.shift", np.uint8(4)),
             constant("fourbits.base", np.uint8(16)),
             constant("fourbits.zero", np.int32(8)),
         ]
         steps: tuple[tuple[str, list[str], dict[str, Any]], ...] = (
-            ("BitShift", [f"{weight}_packed", "fourbits.shift"], {"direction": "RIGHT"}),
-            ("Mod", [f"{weight}_packed", "fourbits.base"], {}),
+            ("BitShift", [packed, "fourbits.shift"], {"direction": "RIGHT"}),
+            ("Mod", [packed, "fourbits.base"], {}),
             ("Concat", [f"{weight}/0", f"{weight}/1"], {"axis": 0}),
             ("Cast", [f"{weight}/2"], {"to": onnx.TensorProto.INT32}),
             ("Sub", [f"{weight}/3", "fourbits.zero"], {}),

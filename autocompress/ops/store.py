@@ -17,6 +17,7 @@ from onnx import helper
 
 from autocompress.onnxfile import save, write
 from autocompress.ops import Phase
+from autocompress.ops.fourbits import PACKED
 from autocompress.ops.storage import Codec, need_zstd, restore, storage
 from autocompress.ops.wiring import WEIGHTED, Wiring, constant
 from autocompress.tasks import Task
@@ -85,7 +86,7 @@ class Store:
                 fits = values.dtype in (np.float32, np.float16, np.int8, np.uint8)
                 fact: dict[str, Any] = {"codec": codec}
                 if codec in ("codebook", "pow2"):
-                    if not fits or "_4bit" in name:
+                    if not fits or "_4bit" in name or name.endswith(PACKED):
                         why = "its weights are packed already"
                         continue
                     table = _kmeans(values, size) if codec == "codebook" else _powers(values)
