@@ -123,7 +123,7 @@ def test_sharing_helps_structures_that_it_never_saw(work: Work) -> None:
     every = kinds.some(Facts(), (), 24, seed=3)
     unseen, used = every[:6], [slice_of(work, SPACE, one) for one in every[6:]]
     sharing = elastic.Sharing(work, used, seed=0)
-    batches = [inputs for seed in range(4) for inputs, _ in work.task.batches("train", 64, seed=seed)]
+    batches = [inputs for seed in range(12) for inputs, _ in work.task.batches("train", 64, seed=seed)]
     for number, inputs in enumerate(batches):
         sharing.update((inputs,), number / len(batches), number)
     donor = replace(work, donor=sharing.module.eval())

@@ -123,7 +123,7 @@ def test_every_budget_goes_from_the_job_to_every_page(out: Path) -> None:
     said = live.result_lines(found, out)
     assert "samples/s" in said[0]
     assert "MB of memory" in said[0]
-    drifted = figures.model_copy(update={"drift": 0.031, "memory_mb": None})
+    drifted = figures.model_copy(update={"drift": 0.031, "slowed": 0.0, "memory_mb": None})
     assert summary.beside(drifted, ASKED)[-2:] == ("memory unknown", "the baseline drifted by +3.1%")
     slow = figures.model_copy(update={"drift": 0.0, "slowed": 0.12, "memory_mb": None})
     assert summary.beside(slow, None) == ("the device was 12% slower than at its fastest",)

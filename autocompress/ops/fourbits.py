@@ -45,7 +45,7 @@ def packed(integers: NDArray[np.int8]) -> NDArray[np.uint8]:
     """Integers from -8 to 7, (n, ...) with n even, as bytes (n / 2, ...): the first half in the upper four bits."""
     raised = (integers.astype(np.int16) + 8).astype(np.uint8)
     upper, lower = np.split(raised, 2)
-    return (upper << 4) | lower
+    return ((upper << 4) | lower).astype(np.uint8)
 
 
 @torch.no_grad()

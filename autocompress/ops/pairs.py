@@ -254,15 +254,15 @@ class _Writing:
             if least is not None and least.shape != (values.shape[out_axis(original)],):
                 least = np.full(values.shape[out_axis(original)], least.max())
             narrow = node.name in self.four_bits
-            integers, *scale = quantized_weight(
+            integers, step, zero = quantized_weight(
                 values, axis, self.numeric.weight, self.numeric.reduce_range, least, narrow
             )
             if missing:
                 integers = np.pad(integers, ((0, 0), (0, missing), (0, 0), (0, 0)))
-            self.dequantized(weight, integers, *scale, axis)
+            self.dequantized(weight, integers, step, zero, axis)
             if narrow and not self.bare:
                 self.pack(weight, integers)
-            self.weights[weight] = (self.rounded[weight], scale[0])
+            self.weights[weight] = (self.rounded[weight], step)
         node.input[1], step = self.weights[weight]
         if offsets is None:
             return
