@@ -139,6 +139,7 @@ class Controller:
         self._ladder = Ladder(plan.fidelity, self.goals, limit, held=1 if plan.cost.final > 0 else 0)
         self._finals: dict[int, tuple[float, ...]] = {}  # number -> its rungs, of trials that go on after the search
         self._cycles: dict[int, tuple[float, ...]] = {}
+        self._peaks: dict[int, tuple[float, ...]] = {}  # of those
         self._waiting: list[int] = []  # of those, not begun yet
         self.rounds = 0  # of finals
         self._exhausted = self._stopped = False
@@ -305,15 +306,20 @@ class Controller:
 
     # --- after the search -------------------------------------------------------------------------------------------
 
-    def finals(self, paths: Mapping[int, Sequence[float]]) -> None:
+    def finals(self, paths: Mapping[int, Sequence[float]], peaks: Mapping[int, float] | None = None) -> None:
         """From now on these trials alone are asked for, in this order, each to go on through fidelities of its own.
 
-        The learning rate comes down at the last. Raises ValueError for a trial that has no checkpoint or is beyond.
+        The learning rate begins at a trial's share of it in `peaks`, at all of it where none is said, and comes down at
+        the last. Raises ValueError for a trial that has no checkpoint or is beyond.
         """
+        peaks = peaks or {}
         event: Event = {
             "number": 0,
             "state": FINALS,
-            "paths": [{"number": number, "rungs": list(rungs)} for number, rungs in paths.items()],
+            "paths": [
+                {"number": number, "rungs": list(rungs), "peak": peaks.get(number, 1.0)}
+                for number, rungs in paths.items()
+            ],
         }
         self._begin_finals(event)
         self._write(event)
@@ -345,7 +351,9 @@ class Controller:
             behind = self._rungs(number)[: trial.rung + 1]
             if behind[-1] >= rungs[0]:
                 raise ValueError(f"finals: trial {number} is at {behind[-1]:g} already")
-            self._cycles[number] = (*(self._cycles.get(number) or behind), rungs[-1])
+            before = self._cycles.get(number) or behind
+            self._peaks[number] = (*(self._peaks.get(number) or (1.0,) * len(before)), float(path.get("peak", 1.0)))
+            self._cycles[number] = (*before, rungs[-1])
             self._finals[number] = (*behind, *rungs)
             self._waiting.append(number)
         self.rounds += 1
@@ -450,6 +458,7 @@ class Controller:
             candidate=decode(self.space, trial.genotype),
             rungs=self._rungs(trial.number),
             cycles=self._cycles.get(trial.number, ()),
+            peaks=self._peaks.get(trial.number, ()),
             final=trial.number in self._finals,
             start=trial.rung + 1,
             checkpoint=trial.outcome.files.get("checkpoint"),

@@ -199,9 +199,11 @@ class _Path:
         return Outcome(readings=self.readings, seconds=seconds, reason=reason, files=kept, **self.facts)
 
     @property
-    def cycles(self) -> tuple[float, ...]:
-        """Where the learning rate has come down: at every rung, if nothing else is said."""
-        return tuple(share for share in self.assignment.cycles or self.assignment.rungs if share > 0)
+    def cycles(self) -> dict[float, float]:
+        """Where the learning rate has come down, at every rung if nothing else is said; its highest share before."""
+        ends = self.assignment.cycles or self.assignment.rungs
+        peaks = self.assignment.peaks or (1.0,) * len(ends)
+        return {end: peak for end, peak in zip(ends, peaks, strict=True) if end > 0}
 
     def walk(self) -> Iterator[tuple[State, Outcome]]:
         assignment, policy = self.assignment, self.assignment.candidate.policy

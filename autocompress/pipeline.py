@@ -452,7 +452,9 @@ def rate(work: Work, shaped: Shaped) -> float:
     return full * (FINE_RATE if acting <= {"qat", FOUR_BITS} else MASKED_RATE)
 
 
-def training(work: Work, shaped: Shaped, policy: Policy, seed: int, cycles: Sequence[float] = (1.0,)) -> Training:
+def training(
+    work: Work, shaped: Shaped, policy: Policy, seed: int, cycles: Mapping[float, float] | None = None
+) -> Training:
     """Fine-tuning of a candidate, with the parent as teacher where the policy asks for distillation."""
     taught = distillation(policy)
     share = gentle(shaped)

@@ -36,7 +36,7 @@ from autocompress.artifact import versions
 from autocompress.closing import Closing
 from autocompress.controller import Controller, Header, header, run_serial
 from autocompress.devices import AllAway, Unreachable, host_of
-from autocompress.devices.cores import CorePlan, at_large, keep_to, plan_cores
+from autocompress.devices.cores import CorePlan, at_large, given_back, keep_to, plan_cores
 from autocompress.devices.station import Station
 from autocompress.elastic import train as train_shared
 from autocompress.evaluator import Evaluator
@@ -79,7 +79,7 @@ from autocompress.types import (
     State,
     UserError,
 )
-from autocompress.worker import MakeEvaluator, make_work, one_thread, with_donor
+from autocompress.worker import MakeEvaluator, make_work, one_thread, threads_given_back, with_donor
 
 
 def run(
@@ -286,7 +286,7 @@ class _Run:
         )
         self.live = live.Live(progress, self.console, quiet=self.console.quiet)
         try:
-            with self.live, live.telling(self.live):
+            with given_back(), threads_given_back(), self.live, live.telling(self.live):
                 found, report_path = self.inside()
         except KeyboardInterrupt:
             if not self.console.quiet:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from autocompress.export import predictor
-from autocompress.pipeline import Work, load_weights, reshape, shape
+from autocompress.pipeline import FOUR_BITS, Work, load_weights, reshape, shape, train_op
 from autocompress.tasks import Predict, several
 from autocompress.types import Candidate, Receipt, Stage
 
@@ -45,7 +45,10 @@ def stages(
             found.append(Stage(name=name, quality=quality))
 
     shape(work, candidate, look)
-    module = reshape(work.builder, work.ops, candidate.arch, receipts)
-    look("trained", load_weights(module, weights))
+    module = load_weights(reshape(work.builder, work.ops, candidate.arch, receipts), weights)
+    for receipt in receipts:
+        if receipt.op == FOUR_BITS:  # the network was trained to be rounded so, and is little without
+            module = train_op(work, receipt).enact(module, receipt)
+    look("trained", module)
     found.append(Stage(name="shipped", quality=work.task.quality(predictor(model), split)))
     return tuple(found)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import blake2b
 from itertools import islice
@@ -144,10 +144,11 @@ class Training:
         bf16: bool | None = None,
         pause: Pause = at_once,
         instruments: Sequence[tuple[TrainOp, Receipt]] = (),
-        cycles: Sequence[float] = (1.0,),
+        cycles: Mapping[float, float] | None = None,
         gentle: float = 1.0,
     ) -> None:
-        """`cycles`: shares of the training at which the learning rate has come down to nothing, to begin anew.
+        """`cycles`: shares of the training at which the learning rate has come down to nothing, to begin anew, and
+        how much of `lr` it was at most before each of them.
 
         What is judged there is judged at rest (SGDR, Loshchilov and Hutter 2017), not in the middle of a descent.
         `gentle`: the share of the rate for all but what routes have hung on the network, which begins at random; with
@@ -176,7 +177,8 @@ class Training:
         self.steps_per_epoch = steps(task, "train", self.batch)
         self.total = max(1, round(epochs * self.steps_per_epoch))
         self.step = 0
-        self.ends = sorted({*(max(1, round(share * self.total)) for share in cycles), self.total})
+        peaks = {max(1, round(share * self.total)): peak for share, peak in (cycles or {}).items()}
+        self.ends = dict(sorted(({self.total: 1.0} | peaks).items()))
         self.began = 0  # step at which the cycle began
         # scales and biases are not decayed (He et al. 2019, "Bag of tricks", section 3.1)
         groups: list[dict[str, Any]] = []
@@ -291,8 +293,8 @@ class Training:
 
     def _share(self) -> float:
         """Of the highest rate, now."""
-        end = next(end for end in self.ends if end > self.step)
-        return one_cycle(self.step - self.began, end - self.began)
+        end, peak = next(cycle for cycle in self.ends.items() if cycle[0] > self.step)
+        return peak * one_cycle(self.step - self.began, end - self.began)
 
     def _learning(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter that the optimizer moves, by its name in a state."""

@@ -377,6 +377,7 @@ class Assignment(Record):
     seed: int = 0
     screen: dict[str, Screen] = {}  # by profile; empty: everything is measured
     cycles: tuple[Share, ...] = ()  # where the learning rate begins anew; empty: at every rung
+    peaks: tuple[Share, ...] = ()  # of the recipe's rate, the highest in each cycle; empty: all of it
     final: bool = False  # its end may be followed by more: the training's state is kept
 
 

@@ -18,14 +18,21 @@ from autocompress.pipeline import OpenGate, Work, load_weights
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """torch on a single thread."""
+def threads_given_back() -> Iterator[None]:
+    """After it torch has as many threads as before."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on a single thread."""
+    with threads_given_back():
+        torch.set_num_threads(1)
+        yield
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from autocompress import journal as journals
-from autocompress.closing import FIRST, SLACK, Closing, Ranked, contenders, first, marks
+from autocompress.closing import FIRST, LOWEST, SLACK, Closing, Ranked, contenders, first, marks
 from autocompress.controller import Controller, Header, run_serial
-from autocompress.devices.cores import CorePlan, at_large, keep_to
+from autocompress.devices.cores import CorePlan, at_large, given_back, keep_to
 from autocompress.journal import Journal
 from autocompress.pareto import Score
 from autocompress.types import Assignment, Cost, Fidelity, Outcome, SearchPlan, State, UserError
-from tests.test_controller import Closed, Learner, head, story
+from tests.test_controller import Closed, Learner, closed_outcome, head, story
 
 RUNGS = Fidelity(rungs=(0.1, 0.2, 1.0), keep=0.5)
 
@@ -102,6 +102,28 @@ def test_an_interrupted_closing_goes_on(tmp_path: Path, after: int) -> None:
     assert story(other)[-1] == story(path)[-1]
 
 
+@pytest.mark.parametrize(("parent", "least", "most"), [(0.71, LOWEST, 0.5), (2.0, 1.0, 1.0), (0.5, LOWEST, LOWEST)])
+def test_who_has_come_near_the_parent_goes_on_at_a_lower_rate(
+    tmp_path: Path, parent: float, least: float, most: float
+) -> None:
+    (quality,) = closed_outcome(1.0, parent, 1.0).quality.values()
+    h = header()
+    h = h.model_copy(update={"facts": h.facts.model_copy(update={"baseline_quality": quality})})
+    path = tmp_path / "journal.jsonl"
+    controller = Controller.begin(Journal.create(path, h.event()), Learner, clock=lambda: 0.0)
+    run_serial(controller, Kept())
+    assert closing(controller, Kept()).begin()
+    found = {number: controller.assignment(number) for number in controller.in_finals}
+    for one in found.values():
+        assert len(one.peaks) == len(one.cycles)
+        assert set(one.peaks[:-1]) == {1.0}
+        assert least <= one.peaks[-1] <= most
+    controller.journal.close()
+    again = Controller.resume(Journal.open(path), Learner, clock=lambda: 0.0)
+    assert {number: again.assignment(number).peaks for number in found} == {n: one.peaks for n, one in found.items()}
+    again.journal.close()
+
+
 @pytest.mark.parametrize("threaded", [False, True])
 def test_where_threads_do_not_pay_the_few_train_side_by_side(tmp_path: Path, threaded: bool) -> None:
     controller = Controller.begin(
@@ -174,6 +196,21 @@ def test_the_last_network_trains_on_the_stations_cores_too():
         assert os.sched_getaffinity(0) == set(plan.trainers)
     finally:
         keep_to(every)
+
+
+def test_a_process_has_its_cores_back_whatever_ends_the_work():
+    every = os.sched_getaffinity(0)
+    if len(every) < 2:
+        pytest.skip("one core is not divided")
+
+    @given_back()
+    def work() -> None:
+        keep_to(sorted(every)[:1])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert os.sched_getaffinity(0) == every
 
 
 def ranked(*found: tuple[float, float], sure: float = 0.01) -> list[Ranked]:

@@ -93,6 +93,17 @@ def keep_to(cores: Sequence[int]) -> None:
 
 
 @contextmanager
+def given_back() -> Iterator[None]:
+    """After it this process has the cores again that it had before: a search is called from notebooks and scripts."""
+    before = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    try:
+        yield
+    finally:
+        if before and sorted(os.sched_getaffinity(0)) != before:
+            keep_to(before)
+
+
+@contextmanager
 def at_large(plan: CorePlan, threads: int) -> Iterator[None]:
     """This process on the station's cores too, for more threads than trainers have cores: nobody measures meanwhile."""
     wide = bool(plan.trainers) and threads > len(plan.trainers)
