@@ -63,20 +63,29 @@ class Closing:
         controller = self.controller
         while not controller.stopped:
             if controller.rounds and not controller.finished:
-                beside = controller.rounds == 1 and self.workers > 1
+                beside = not controller.narrowed and self.workers > 1
                 self.together() if beside else self.alone(self.width)
-            elif controller.rounds == 2 or not self.begin():
+            elif controller.narrowed or not self.begin():
                 return
 
     def begin(self) -> bool:
-        """Start the next round. False: there is nobody, or no time."""
+        """Start the next round. False: there is nobody, or no time.
+
+        Where all of the first few have failed the next few take their place. Without time the best is finished as it
+        is: nobody has been before.
+        """
         controller = self.controller
         cost = controller.cost
         left = cost.minutes * 60 - controller.elapsed
+        held = set(controller.in_finals) - controller.fell
         if left < WORTH * cost.final * cost.minutes * 60:
-            return False
-        if controller.rounds == 0:
-            numbers = self.best(max(COUNT, self.workers))
+            if held or len(controller.fell) > COUNT:
+                return False
+            numbers, each, threads = self.best(1, self.others), 0.0, self.width
+            if numbers:
+                self.say("no time is left for the best few: the best is finished as it is")
+        elif not held:
+            numbers = self.best(max(COUNT, self.workers), self.others)
             if not numbers:
                 return False
             waves = math.ceil(len(numbers) / self.workers)
@@ -85,7 +94,7 @@ class Closing:
                 each *= FIRST
             threads = 1 if self.workers > 1 else self.width
         else:
-            numbers = self.best(1, set(controller.in_finals))
+            numbers = self.best(1, held)
             each, threads = left / max(1, len(numbers)), self.width
         paths = {number: path for number in numbers if (path := self.path(number, SLACK * each, threads))}
         if not paths:
@@ -102,7 +111,7 @@ class Closing:
     @cached_property
     def width(self) -> int:
         """Threads of who trains alone: all where they are faster than one, which they are not beside other work."""
-        some = sorted(self.controller.in_finals) or self.best(1)
+        some = sorted(self.controller.in_finals) or self.best(1, self.others)
         number = next((n for n in some if self.controller.assignment(n).checkpoint), None)
         return self.threads if number is None or self.gain(number) > 1 else 1
 
@@ -120,17 +129,17 @@ class Closing:
         return found
 
     def path(self, number: int, seconds: float, threads: int) -> tuple[float, ...]:
-        """Fidelities that a trial goes through in this time; empty where it has none, or its training is complete."""
+        """Fidelities that a trial goes through in this time, LEAST at least; empty where its training is complete."""
         assignment = self.controller.assignment(number)
         at = assignment.rungs[assignment.start - 1]
-        if seconds <= 0 or at >= 1:
+        if at >= 1:
             return ()
         try:
             whole = self.pace(assignment, threads)
         except TrialFailure as failure:
             self.say(f"#{number} cannot go on: {failure}")
             return ()
-        return marks(at, min(1.0, max(at + LEAST, at + seconds / max(whole, 1e-9))), whole)
+        return marks(at, min(1.0, max(at + LEAST, at + max(seconds, 0.0) / max(whole, 1e-9))), whole)
 
     def peak(self, number: int) -> float:
         """The share of the rate at which a trial goes on: the less, the nearer it has come to the parent's quality.
@@ -146,7 +155,12 @@ class Closing:
         lost = (parent.value.value - reached) / abs(parent.value.value)
         return round(min(1.0, max(LOWEST, lost / FAR)), 4)
 
-    def best(self, count: int, among: set[int] | None = None) -> tuple[int, ...]:
+    @property
+    def others(self) -> set[int]:
+        """Trials that have not gone on yet."""
+        return {trial.number for trial in self.controller.trials} - set(self.controller.in_finals)
+
+    def best(self, count: int, among: set[int]) -> tuple[int, ...]:
         """The numbers of the best few of every goal, goals taking turns; those only that can go on."""
         steps = ranks.corrections(self.controller.reached)
         last = len(self.controller.plan.fidelity.rungs) - 1
@@ -156,11 +170,12 @@ class Closing:
             if trial.number > 0
             and trial.state in (State.STOPPED, State.DONE)
             and "checkpoint" in trial.outcome.files
-            and (among is None or trial.number in among)
+            and trial.number in among
         ]
-        if among is None:
+        fresh = not among & set(self.controller.in_finals)
+        if fresh:
             able = [at_the_top(trial, min(trial.rung, last), steps) for trial in able]
-        choose = first if among is not None else contenders
+        choose = contenders if fresh else first
         ranked = [choose(order(able, goal, self.limit), count) for goal in self.goals]
         turns = [one for place in zip(*(pad(numbers, count) for numbers in ranked), strict=True) for one in place]
         return tuple(dict.fromkeys(number for number in turns if number is not None))

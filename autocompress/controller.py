@@ -141,7 +141,10 @@ class Controller:
         self._cycles: dict[int, tuple[float, ...]] = {}
         self._peaks: dict[int, tuple[float, ...]] = {}  # of those
         self._waiting: list[int] = []  # of those, not begun yet
+        self._stood: dict[int, Trial] = {}  # of those, as they were before they went on
+        self._fell: set[int] = set()  # of those, failed since
         self.rounds = 0  # of finals
+        self.narrowed = False  # the last round was for some of those that had gone on before
         self._exhausted = self._stopped = False
         self._posted: queue.SimpleQueue[Callable[[Controller], None]] = queue.SimpleQueue()
         self._clock = clock
@@ -168,18 +171,20 @@ class Controller:
         journal: Journal,
         make_searcher: Callable[[Header], Searcher],
         *,
-        cost: Cost | None = None,
+        spent: Mapping[str, float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> Controller:
-        """Replay the journal's asks and tells, in their order, into a fresh searcher; `cost` replaces the header's.
+        """Replay the journal's asks and tells, in their order, into a fresh searcher; `spent` replaces fields of cost.
 
         Trials in flight run again under their number and genotype, as a new attempt, from their last rung. Where the
         searcher asks otherwise than the journal says (it is of another version), a fresh one is told the ended
-        trials alone, and `notes` says so. Raises UserError for a journal that contradicts itself.
+        trials alone, and `notes` says so. Raises UserError for a journal that contradicts itself, or a cost that makes
+        no sense, before that is written.
         """
         controller = cls.begin(journal, make_searcher, clock=clock)
         controller._replay(make_searcher)
-        if cost is not None and cost != controller.cost:
+        cost = renewed(controller.cost, spent or {})
+        if cost != controller.cost:
             controller._write({"number": 0, "state": COST, "cost": cost.model_dump(mode="json")})
             controller.cost = cost
         return controller
@@ -190,6 +195,14 @@ class Controller:
     def trials(self) -> tuple[Trial, ...]:
         """Every trial as it stands now, in the order of first asking; number 0 is the control."""
         return tuple(self._trials.values())
+
+    @property
+    def standing(self) -> tuple[Trial, ...]:
+        """The same, those that are going on after the search as they were before: what they had come to is whole."""
+        return tuple(
+            self._stood[trial.number] if trial.number in self._stood and not trial.state.ended else trial
+            for trial in self.trials
+        )
 
     @property
     def running(self) -> tuple[Trial, ...]:
@@ -334,6 +347,11 @@ class Controller:
         return tuple(self._finals)
 
     @property
+    def fell(self) -> frozenset[int]:
+        """Those of them that failed on their further way. They stand as before it."""
+        return frozenset(self._fell)
+
+    @property
     def reached(self) -> tuple[Mapping[int, Outcome], ...]:
         """Per rung the outcomes of trials as they were when they reached it, by number."""
         done = {t.number: t.outcome for t in self._trials.values() if t.number and t.state is State.DONE}
@@ -341,6 +359,7 @@ class Controller:
 
     def _begin_finals(self, event: Event) -> None:
         self._waiting = []
+        self.narrowed = bool(self._finals) and all(int(path["number"]) in self._finals for path in event["paths"])
         for path in event["paths"]:
             number, rungs = int(path["number"]), tuple(map(float, path["rungs"]))
             trial = self._trials[number]
@@ -355,6 +374,7 @@ class Controller:
             self._peaks[number] = (*(self._peaks.get(number) or (1.0,) * len(before)), float(path.get("peak", 1.0)))
             self._cycles[number] = (*before, rungs[-1])
             self._finals[number] = (*behind, *rungs)
+            self._stood[number] = trial
             self._waiting.append(number)
         self.rounds += 1
 
@@ -474,14 +494,21 @@ class Controller:
 
     def _close(self, trial: Trial) -> None:
         self._write(self._end(trial))
-        self._ended(trial)
-        self.searcher.tell(trial)
+        self.searcher.tell(self._ended(trial))
 
-    def _ended(self, trial: Trial) -> None:
+    def _ended(self, trial: Trial) -> Trial:
+        """Take note of an end; the trial as it stands then."""
         self._open.discard(trial.number)
-        self._trials[trial.number] = trial
-        if trial.state is State.STOPPED:
+        before = self._stood.get(trial.number)
+        if before is not None and trial.state is State.FAILED:
+            self._fell.add(trial.number)
+            note = f"going on from {before.outcome.fidelity:.2%} of the training failed: {trial.outcome.reason}"
+            outcome = before.outcome.model_copy(update={"notes": (*before.outcome.notes, note)})
+            trial = before.model_copy(update={"attempt": trial.attempt, "outcome": outcome})
+        elif trial.state is State.STOPPED:
             self._ladder.wait(trial.number, trial.rung)
+        self._trials[trial.number] = trial
+        return trial
 
     def _end(self, trial: Trial) -> Event:
         return {
@@ -579,8 +606,7 @@ class Controller:
         if trial.state is State.RUNG:
             self._trials[number] = trial
             return None, None
-        self._ended(trial)
-        return trial, None
+        return self._ended(trial), None
 
     def _step_running(self, event: Event) -> tuple[int, tuple[Trial, ...]] | None:
         number, why = int(event["number"]), str(event["why"])
@@ -599,6 +625,15 @@ class Controller:
             raise ValueError(f"trial {number} has two genotypes")
         self._running(trial, why)
         return None
+
+
+def renewed(cost: Cost, spent: Mapping[str, float]) -> Cost:
+    """A cost with some of its fields replaced. Raises UserError for what makes no sense."""
+    try:
+        return Cost.model_validate({**cost.model_dump(), **spent})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{'.'.join(map(str, first['loc']))} {first['input']!r}: {first['msg']}") from error
 
 
 def _not_json(outcome: Outcome) -> str:

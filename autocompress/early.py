@@ -15,10 +15,13 @@ ALIKE = 6  # fully trained candidates of exactly one quality
 
 
 def refuse(quality: Quality) -> None:
-    """Raises UserError for a baseline whose quality is no number: nothing could be compared with it."""
-    if not math.isfinite(quality.value.value):
+    """Raises UserError for a baseline whose quality, or its interval, is no number: nothing could be compared."""
+    value = quality.value
+    strange = [one for one in (value.value, value.low, value.high) if not math.isfinite(one)]
+    if strange:
+        what = "is" if not math.isfinite(value.value) else f"is {value.value:g} in an interval that ends at"
         raise UserError(
-            f"the unmodified network's {quality.metric} is {quality.value.value} on the {quality.split} split: "
+            f"the unmodified network's {quality.metric} {what} {strange[0]} on the {quality.split} split: "
             "look at its outputs and at the task's `quality`"
         )
 

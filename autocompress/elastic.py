@@ -13,6 +13,7 @@ of an elastic one that was trained for 1,200 steps of 64 images (3 structures ea
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from autocompress.pipeline import BATCHNORM_BATCHES, Shaped, Work, shape
 from autocompress.ranks import spearman
 from autocompress.searchers.design import first, spread
 from autocompress.slices import Slice, slice_of
-from autocompress.tasks import several
+from autocompress.tasks import batch_size, several
 from autocompress.tasks.recipe import recipe
 from autocompress.train import Training, bf16_pays, channels_last, draw, one_cycle, reestimate_batchnorm
 from autocompress.types import Choice, Facts, Genotype, Goal, Space, TrialFailure
@@ -231,6 +232,8 @@ class Sharing:
 
     def update(self, inputs: tuple[Tensor, ...], share: float, number: int) -> float:
         """One step at that share of the training; the mean loss of its structures."""
+        if batch_size(inputs) == 1:  # batch normalisation has no statistics of one sample
+            return 0.0
         rng = Random(f"{self.seed}:{number}")
         arguments = tuple(one.contiguous(memory_format=torch.channels_last) if one.ndim == 4 else one for one in inputs)
         for group in self.optimizer.param_groups:
@@ -260,7 +263,7 @@ class Sharing:
 def agreement(work: Work, space: Space, slices: Sequence[Slice], until: float, seed: int, step: Step) -> float | None:
     """Spearman's correlation of how far slices are from the parent with how far a little training leaves them.
 
-    As many as there is time for, at least FEWEST; None where all are equal.
+    As many as there is time for, at least FEWEST; those that fail say nothing. None where all are equal.
     """
     before, after = list[float](), list[float]()
     for done, one in enumerate(slices):
@@ -268,15 +271,22 @@ def agreement(work: Work, space: Space, slices: Sequence[Slice], until: float, s
         if left <= 0 and done >= FEWEST:
             break
         step("comparing slices with trained candidates", done, len(slices), max(left, 0.0))
-        shaped = shape(work, sp.decode(space, one.genotype))
-        before.append(distance(work, shaped))
-        trainer = Training(
-            shaped.module, work.task, epochs=1.0, seed=seed, teacher=work.parent, weight=1.0, temperature=TEMPERATURE,
-            lr=RATE * recipe(work.task).lr, bf16=work.bf16, pause=work.gate.step,
-        )  # fmt: skip
-        trainer.run_to(min(1.0, CHECK_STEPS / trainer.total))
-        reestimate_batchnorm(shaped.module, work.task, BATCHNORM_BATCHES)
-        after.append(distance(work, shaped))
+        try:
+            shaped = shape(work, sp.decode(space, one.genotype))
+            sliced = distance(work, shaped)
+            trainer = Training(
+                shaped.module, work.task, epochs=1.0, seed=seed, teacher=work.parent, weight=1.0,
+                temperature=TEMPERATURE, lr=RATE * recipe(work.task).lr, bf16=work.bf16, pause=work.gate.step,
+            )  # fmt: skip
+            trainer.run_to(min(1.0, CHECK_STEPS / trainer.total))
+            reestimate_batchnorm(shaped.module, work.task, BATCHNORM_BATCHES)
+            trained = distance(work, shaped)
+        except TrialFailure as failure:
+            step(f"a structure cannot be compared: {failure}", done, len(slices), max(left, 0.0))
+            continue
+        if math.isfinite(sliced) and math.isfinite(trained):
+            before.append(sliced)
+            after.append(trained)
     if len(set(before)) < 2 or len(set(after)) < 2:
         return None
     return spearman(np.array(before), np.array(after))

@@ -50,6 +50,7 @@ from autocompress.types import (
     Record,
     State,
     TrialFailure,
+    UserError,
 )
 from autocompress.wording import beyond
 
@@ -208,7 +209,8 @@ class _Path:
     def walk(self) -> Iterator[tuple[State, Outcome]]:
         assignment, policy = self.assignment, self.assignment.candidate.policy
         # A checkpoint may have been swept away; training is deterministic, so it is only time that is lost.
-        if assignment.checkpoint is None or not self.files.has(assignment.checkpoint):
+        saved = self.saved()
+        if saved is None:
             with self.stage("structure"):
                 shaped = shape(self.work, assignment.candidate)
             self.describe(shaped)
@@ -228,7 +230,7 @@ class _Path:
             trainer = training(self.work, shaped, policy, assignment.seed, self.cycles)
         else:
             with self.stage("structure"):
-                shaped, trainer = self.restore(assignment.checkpoint)
+                shaped, trainer = self.restore(*saved)
             self.describe(shaped)
         for index in range(assignment.start, len(assignment.rungs)):
             fidelity = assignment.rungs[index]
@@ -262,8 +264,10 @@ class _Path:
 
     def pace(self, steps: int) -> float:
         """Seconds of a whole training, by so many steps of what is left of it; they are not kept."""
-        assert self.assignment.checkpoint is not None
-        _, trainer = self.restore(self.assignment.checkpoint)
+        saved = self.saved()
+        if saved is None:
+            raise TrialFailure("its checkpoint is gone")
+        _, trainer = self.restore(*saved)
         steps = min(steps, (trainer.total - trainer.step) // 2)
         trainer.run_to((trainer.step + steps) / trainer.total)  # warms up
         took: list[float] = []
@@ -402,8 +406,18 @@ class _Path:
             said.append(f"{name} {beyond(likely[name], budget, size, broken)}")
         return f"over every budget before training: {'; '.join(said)}"
 
-    def restore(self, sha: str) -> tuple[Shaped, Training]:
-        checkpoint = Checkpoint.model_validate_json(self.files.get(sha))
+    def saved(self) -> tuple[Checkpoint, bytes] | None:
+        """The assignment's checkpoint and the training's state; None where one of them is missing or damaged."""
+        sha = self.assignment.checkpoint
+        if sha is None or not self.files.has(sha):
+            return None
+        try:
+            found = Checkpoint.model_validate_json(self.files.get(sha))
+            return found, self.files.get(found.training)
+        except (UserError, ValueError):
+            return None
+
+    def restore(self, checkpoint: Checkpoint, state: bytes) -> tuple[Shaped, Training]:
         candidate = self.assignment.candidate
         module = reshape(self.work.builder, self.work.ops, candidate.arch, checkpoint.receipts)
         for receipt in checkpoint.instruments:
@@ -411,7 +425,7 @@ class _Path:
         intact = not changes_structure(self.work, candidate.arch, checkpoint.receipts)
         shaped = Shaped(module, checkpoint.receipts, checkpoint.instruments, intact)
         trainer = training(self.work, shaped, candidate.policy, self.assignment.seed, self.cycles)
-        trainer.load(self.files.get(checkpoint.training))
+        trainer.load(state)
         self.readings, self.keys = dict(checkpoint.readings), dict(checkpoint.keys)
         self.later = dict(checkpoint.later)
         return shaped, trainer

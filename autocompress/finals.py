@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from autocompress.store import Store
 from autocompress.summary import Arm, Finding
 from autocompress.types import (
     Goal,
+    Limit,
     Point,
     Policy,
     Quality,
@@ -60,6 +61,18 @@ def room(trial: Trial, goal: Goal) -> float:
         )
     ]
     return min(found, default=0.0)
+
+
+def finalists(trials: Sequence[Trial], goal: Goal, limit: Limit) -> tuple[Trial, ...]:
+    """The best few fully trained trials for a goal, the closest where none is feasible.
+
+    The best by quality often stand at the edge of a budget, where a second measurement may put them outside: the
+    last place goes to the best that has some room.
+    """
+    full = [t for t in trials if t.number > 0 and t.state is State.DONE and "receipts" in t.outcome.files]
+    ranked = pareto.best(full, goal, limit, len(full))
+    first, rest = ranked[: FINALISTS - 1], ranked[FINALISTS - 1 :]
+    return (*first, *([t for t in rest if room(t, goal) >= ROOM] or rest)[:1])
 
 
 @dataclass
@@ -168,17 +181,6 @@ class Finals:
         """The variant that serves a profile."""
         return next(p.numeric.variant for p in self.parts.profiles if p.name == profile_name)
 
-    def finalists(self, trials: tuple[Trial, ...], goal: Goal) -> tuple[Trial, ...]:
-        """The best few fully trained trials for a goal, the closest where none is feasible.
-
-        The best by quality often stand at the edge of a budget, where a second measurement may put them outside: the
-        last place goes to the best that has some room.
-        """
-        full = tuple(t for t in trials if t.number > 0 and t.state is State.DONE and "receipts" in t.outcome.files)
-        ranked = pareto.best(full, goal, self.baseline.limit, len(full))
-        first, rest = ranked[: FINALISTS - 1], ranked[FINALISTS - 1 :]
-        return (*first, *([t for t in rest if room(t, goal) >= ROOM] or rest)[:1])
-
     def certify(self, goal: Goal, trial: Trial) -> certify.Certificate:
         """Measure one finalist again, alone."""
         files = kept(self.store, trial)
@@ -229,9 +231,9 @@ class Finals:
 
         `also`: winners of other goals, tried last.
         """
-        finalists = self.finalists(trials, goal)
-        finalists += tuple(trial for trial in also if trial not in finalists)
-        chosen = certify.choose(finalists, lambda trial: self.certify(goal, trial))
+        few = finalists(trials, goal, self.baseline.limit)
+        few += tuple(trial for trial in also if trial not in few)
+        chosen = certify.choose(few, lambda trial: self.certify(goal, trial))
         if chosen is None:
             return None
         trial, proof = chosen.winner, chosen.certificate

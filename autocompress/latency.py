@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from autocompress.devices.layers import Layer, Table
 from autocompress.devices.profiler import Times, ratio, site_latency
 from autocompress.export import Exported, compose
-from autocompress.types import Numeric, Profile, Reading, TrialFailure
+from autocompress.types import Numeric, Profile, Reading
 
 TIMING_S = 0.15  # per pair of files
 
@@ -190,7 +190,7 @@ def targets(
         times = site_latency(floats, nodes, first.threads, batch=first.batch)
         of_integers = None
         if integers is not None:
-            with suppress(TrialFailure):  # a network that cannot be all integers: each site is still tried alone
+            with suppress(Exception):  # a network that cannot be all integers, of which the probe says why
                 of_integers = site_latency(integers(first), nodes, first.threads, batch=first.batch)
         table = Table(first.threads, first.batch)
         proportions = Proportions(parent, table, first.numeric, times, of_integers)

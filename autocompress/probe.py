@@ -16,7 +16,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -209,8 +208,10 @@ class _Probe:
         for one in self.counted(shaped, "latency", halfway):
             self.attempt(self.shape, one, until=halfway)
         self.predict([one for one in shaped if one.used])
-        with suppress(TrialFailure):  # a network that cannot be all integers: each site is still tried alone
+        try:
             self.integers = self.in_integers()
+        except Exception as error:  # noqa: BLE001  a stranger's network may break an op: each site is still tried alone
+            self.say(f"not all sites together can be integers: {' '.join(str(error).split())[:160]}")
         for one in self.counted(waiting, "quality", self.deadline):
             self.attempt(self.judge, one)
         doubtful = [one for one in shaped if one.kl is not None and one.kl > self.hopeless]
@@ -267,7 +268,8 @@ class _Probe:
             for place, gene in enumerate(self.space.genes)
             if gene.kind == "arch" or (self.phase.get(gene.op) in ("structure", "numeric") and not self.learns(gene.op))
             for choice in gene.choices[1:]
-            if genotype(self.space, {place: choice}) != neutral
+            # weights in four bits do nothing where their layers are floats: they are looked at beside integers
+            if is_packing(gene) or genotype(self.space, {place: choice}) != neutral
         ]
         alike: dict[tuple[object, ...], list[Tried]] = {}
         for one in found:

@@ -34,7 +34,7 @@ from autocompress import (
 )
 from autocompress.artifact import versions
 from autocompress.closing import Closing
-from autocompress.controller import Controller, Header, header, run_serial
+from autocompress.controller import Controller, Header, header, renewed, run_serial
 from autocompress.devices import AllAway, Unreachable, host_of
 from autocompress.devices.cores import CorePlan, at_large, given_back, keep_to, plan_cores
 from autocompress.devices.station import Station
@@ -76,7 +76,6 @@ from autocompress.types import (
     SearchPlan,
     Shared,
     Space,
-    State,
     UserError,
 )
 from autocompress.worker import MakeEvaluator, make_work, one_thread, threads_given_back, with_donor
@@ -159,7 +158,7 @@ def resume(
     made = parts(job, task=task, builder=builder, space=space)
     spent = {name: value for name, value in (("trials", trials), ("minutes", minutes)) if value is not None}
     if not began(out / "journal.jsonl"):  # it was killed before the first trial
-        plan = job.search.model_copy(update={"cost": job.search.cost.model_copy(update=spent)})
+        plan = job.search.model_copy(update={"cost": renewed(job.search.cost, spent)})
         made = parts(job.model_copy(update={"search": plan}), task=made.task, builder=made.builder, space=made.space)
     return _Run(made, out, address, serial, console or Console(emoji=False), spent, derived=derived).go()
 
@@ -353,7 +352,7 @@ class _Run:
 
     def exporters(self, journal: Journal | None) -> tuple[Exporter, ...]:
         """Those to try in turn: the one that the run began with, if it has."""
-        begun = None if journal is None else next(iter(journal.events()), {}).get("exporter")
+        begun = None if journal is None else header(journal).more.get("exporter")
         return tuple(one for one in EXPORTERS if begun in (None, one))
 
     @contextmanager
@@ -390,14 +389,18 @@ class _Run:
                 limit=baseline.limit,
                 plan=plan,
                 facts=baseline.facts,
-                more={"job": self.parts.job.model_dump(mode="json"), "exporter": work.exporter},
+                more={
+                    "job": self.parts.job.model_dump(mode="json"),
+                    "exporter": work.exporter,
+                    "control": baseline.outcome.model_dump(mode="json", exclude_defaults=True),
+                },
             )
             make_searcher(first)  # options it refuses must not stand in a journal that no resume can mend
             return baseline, Journal.create(self.out / "journal.jsonl", first.event())
         known = header(journal)
         self.check_same(known)
-        control = next((e for e in journal.events() if e["number"] == 0 and e["state"] == State.DONE.value), None)
-        outcome = Outcome.model_validate(control["outcome"]) if control else Outcome(readings=known.facts.baseline)
+        control = known.more.get("control")  # whose own line may be missing: it is the second
+        outcome = Outcome.model_validate(control) if control else Outcome(readings=known.facts.baseline)
         return Baseline(known.facts, known.limit, outcome, key), journal
 
     def derive(self, baseline: Baseline, work: Work) -> Baseline:
@@ -468,13 +471,12 @@ class _Run:
 
     def controller(self, journal: Journal, baseline: Baseline, begun: bool) -> Controller:
         if begun:
-            plan = header(journal).plan
-            cost = plan.cost.model_copy(update=dict(self.spent)) if self.spent else None
-            controller = Controller.resume(journal, make_searcher, cost=cost)
+            controller = Controller.resume(journal, make_searcher, spent=self.spent)
         else:
             controller = Controller.begin(journal, make_searcher)
         controller.control(baseline.outcome)
         progress = self.live.progress
+        progress.plan = controller.plan.model_copy(update={"cost": controller.cost})
         progress.limit, progress.already = baseline.limit, controller.elapsed
         self.live.facts(baseline.facts)
         for trial in controller.trials:
@@ -635,7 +637,7 @@ class _Run:
         self, controller: Controller, baseline: Baseline, work: Work, station: Station, store: Store
     ) -> tuple[Summary, Path]:
         """Certify, test, write. A second Ctrl-C leaves out what is not certified yet."""
-        trials = controller.trials
+        trials = controller.standing
         patience = 0.0 if controller.stopped else self.parts.job.search.patience * 60
         finals = Finals(self.parts, work, baseline, station, store, self.out, work.exporter, patience, self.live.stage)
         findings: list[Finding] = []

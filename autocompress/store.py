@@ -39,6 +39,8 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
         descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # a name must not outlive a power cut that its content does not
             os.fchmod(file.fileno(), 0o644)  # mkstemp gives 0600, but what we write is to be read by others
         Path(part).replace(path)
     except OSError as error:
@@ -68,8 +70,9 @@ class Store:
     def put(self, data: bytes) -> str:
         """Store bytes and return their sha256. Raises UserError for a full disk."""
         sha = hashlib.sha256(data).hexdigest()
-        if not self.has(sha):
-            write_atomic(self.path(sha), data)
+        path = self.path(sha)
+        if not path.is_file() or path.stat().st_size != len(data):  # or cut off, by a power cut
+            write_atomic(path, data)
         return sha
 
     def get(self, sha: str) -> bytes:

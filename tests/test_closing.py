@@ -1,7 +1,7 @@
 """The best few train on after the search: who, how far, and that an interruption changes nothing."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from autocompress import journal as journals
-from autocompress.closing import FIRST, LOWEST, SLACK, Closing, Ranked, contenders, first, marks
+from autocompress.closing import FIRST, LEAST, LOWEST, SLACK, Closing, Ranked, contenders, first, marks
 from autocompress.controller import Controller, Header, run_serial
 from autocompress.devices.cores import CorePlan, at_large, given_back, keep_to
 from autocompress.journal import Journal
 from autocompress.pareto import Score
-from autocompress.types import Assignment, Cost, Fidelity, Outcome, SearchPlan, State, UserError
+from autocompress.types import Assignment, Cost, Fidelity, Outcome, SearchPlan, State, TrialFailure, UserError
 from tests.test_controller import Closed, Learner, closed_outcome, head, story
 
 RUNGS = Fidelity(rungs=(0.1, 0.2, 1.0), keep=0.5)
@@ -122,6 +122,91 @@ def test_who_has_come_near_the_parent_goes_on_at_a_lower_rate(
     again = Controller.resume(Journal.open(path), Learner, clock=lambda: 0.0)
     assert {number: again.assignment(number).peaks for number in found} == {n: one.peaks for n, one in found.items()}
     again.journal.close()
+
+
+class Failing(Kept):
+    """Trials of `numbers` fail on their further way."""
+
+    def __init__(self, numbers: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.numbers = numbers
+
+    def evaluate(self, assignment: Assignment) -> Iterator[tuple[State, Outcome]]:
+        if assignment.final and self.numbers(assignment.number):
+            raise TrialFailure("diverged")
+        yield from super().evaluate(assignment)
+
+
+def searched(path: Path, clock: Callable[[], float] = lambda: 0.0) -> Controller:
+    controller = Controller.begin(Journal.create(path, header().event()), Learner, clock=clock)
+    run_serial(controller, Kept())
+    return controller
+
+
+def test_what_fails_on_its_further_way_stands_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    controller = searched(path)
+    made = closing(controller, Kept())
+    assert made.begin()
+    run_serial(controller, Kept())
+    before = {trial.number: trial for trial in controller.trials}
+    assert made.begin()
+    (best,) = [number for number in controller.in_finals if controller.assignment(number).rungs[-1] > 0.5]
+    run_serial(controller, Failing(lambda _: True))
+    found = {trial.number: trial for trial in controller.trials}
+    assert found[best].state is State.DONE
+    assert found[best].outcome.files == before[best].outcome.files
+    assert "failed: diverged" in found[best].outcome.notes[-1]
+    assert controller.fell == {best}
+    assert controller.narrowed
+    controller.journal.close()
+    assert journals.read(path).events[-1]["state"] == "failed"
+    again = Controller.resume(Journal.open(path), Learner, clock=lambda: 0.0)
+    assert {trial.number: trial for trial in again.trials} == found
+    assert again.fell == {best}
+    again.journal.close()
+
+
+def test_where_all_of_the_first_few_fail_the_next_few_go_on(tmp_path: Path) -> None:
+    controller = searched(tmp_path / "journal.jsonl")
+    made = closing(controller, Kept())
+    few = made.best(3, made.others)
+    evaluator = Failing(lambda number: number in few)
+    made = replace(made, together=lambda: run_serial(controller, evaluator))
+    made = replace(made, alone=lambda _: run_serial(controller, evaluator))
+    made.go()
+    assert controller.fell == set(few)
+    done = [trial for trial in controller.trials if trial.number and trial.state is State.DONE]
+    assert done
+    assert not {trial.number for trial in done} & set(few)
+    assert max(trial.outcome.fidelity for trial in done) > 0.5
+    controller.journal.close()
+
+
+def test_without_time_the_best_is_finished_as_it_is(tmp_path: Path) -> None:
+    now = [0.0]
+    controller = searched(tmp_path / "journal.jsonl", lambda: now[0])
+    now[0] = 3590.0
+    said: list[str] = []
+    replace(closing(controller, Kept()), say=said.append).go()
+    (done,) = [trial for trial in controller.trials if trial.number and trial.state is State.DONE]
+    assert done.outcome.fidelity == pytest.approx(0.2 + LEAST)
+    assert said[0] == "no time is left for the best few: the best is finished as it is"
+    controller.journal.close()
+
+
+def test_what_is_going_on_stands_as_it_was_when_it_is_interrupted(tmp_path: Path) -> None:
+    controller = searched(tmp_path / "journal.jsonl")
+    made = closing(controller, Kept())
+    assert made.begin()
+    run_serial(controller, Kept())
+    before = {trial.number: trial for trial in controller.trials}
+    assert made.begin()
+    assignment = controller.ask()
+    assert assignment is not None
+    assert [t.number for t in controller.trials if t.state is State.RUNNING] == [assignment.number]
+    assert {trial.number: trial for trial in controller.standing} == before
+    controller.journal.close()
 
 
 @pytest.mark.parametrize("threaded", [False, True])

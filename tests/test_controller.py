@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -337,13 +338,28 @@ def test_cost_in_minutes_is_summed_over_resumes(tmp_path: Path) -> None:
         assert not controller.rung(third.number, closed_outcome(0.3, 0.9, 0.2))  # late: stopped at its rung
     with Journal.open(path) as journal:
         assert Controller.resume(journal, Learner, clock=clock).finished
-        more = Controller.resume(journal, Learner, cost=Cost(trials=2, minutes=5.0), clock=clock)
+        more = Controller.resume(journal, Learner, spent={"trials": 2, "minutes": 5.0}, clock=clock)
         assert not more.finished
         promoted = more.ask()  # the one that was stopped for lack of time
         assert promoted is not None
         assert (promoted.number, promoted.start) == (second.number, 1)
     with Journal.open(path) as journal:
         assert Controller.resume(journal, Learner, clock=clock).cost == Cost(trials=2, minutes=5.0)
+
+
+def test_a_cost_is_renewed_field_by_field_and_never_to_nonsense(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    whole_run(path, trials=2).journal.close()
+    with Journal.open(path) as journal:
+        Controller.resume(journal, Learner, spent={"trials": 3})
+    with Journal.open(path) as journal:
+        cost = Controller.resume(journal, Learner, spent={"minutes": 90.0}).cost
+    assert (cost.trials, cost.minutes) == (3, 90.0)
+    before = path.read_bytes()
+    for strange, told in (({"trials": 0}, "trials 0"), ({"minutes": math.nan}, "minutes nan")):
+        with Journal.open(path) as journal, pytest.raises(UserError, match=told):
+            Controller.resume(journal, Learner, spent=strange)
+    assert path.read_bytes() == before
 
 
 def test_stop_leaves_what_flies_in_flight(tmp_path: Path) -> None:

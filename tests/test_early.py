@@ -91,3 +91,6 @@ def test_a_baseline_without_a_number_is_refused():
     none = Interval(value=float("nan"), low=0.0, high=0.0)
     with pytest.raises(UserError, match="accuracy is nan on the selection split"):
         early.refuse(quality.model_copy(update={"value": none}))
+    wide = Interval(value=0.5, low=float("nan"), high=0.6)
+    with pytest.raises(UserError, match=r"accuracy is 0.5 in an interval that ends at nan on the selection split"):
+        early.refuse(quality.model_copy(update={"value": wide}))

@@ -1,8 +1,5 @@
-from pathlib import Path
-from types import SimpleNamespace
-
-from autocompress import pareto
-from autocompress.finals import FINALISTS, Finals, room
+from autocompress import finals, pareto
+from autocompress.finals import FINALISTS, room
 from autocompress.types import Budget, Goal, Interval, Limit, Outcome, Quality, Reading, State, Trial
 
 GOAL = Goal(name="a", budgets=(Budget(profile="a", speedup=3),))
@@ -20,9 +17,7 @@ def trial(number: int, quality: float, speedup: float, state: State = State.DONE
 
 
 def finalists(*trials: Trial) -> list[int]:
-    baseline = SimpleNamespace(limit=LIMIT)
-    finals = Finals(None, None, baseline, None, None, Path(), "torchscript")  # type: ignore[arg-type]
-    return [one.number for one in finals.finalists(trials, GOAL)]
+    return [one.number for one in finals.finalists(trials, GOAL, LIMIT)]
 
 
 def test_room_is_the_share_of_the_budget_that_is_left() -> None:

@@ -219,6 +219,22 @@ def test_going_on_from_a_checkpoint_is_the_same_as_never_having_stopped(work: Wo
     assert anew.files == whole[1][1].files  # the checkpoint was swept away: only time is lost
 
 
+@pytest.mark.parametrize("damage", ["gone", "cut off"])
+def test_a_checkpoint_whose_training_is_damaged_is_only_time_lost(work: Work, tmp_path, damage: str) -> None:
+    store = Store(tmp_path)
+    budgets = [Budget(profile="one", latency_ms=10)]
+    whole = list(Evaluator(work, budgets, store, Clock()).evaluate(assignment()))
+    checkpoint = whole[0][1].files["checkpoint"]
+    path = store.path(Checkpoint.model_validate_json(store.get(checkpoint)).training)
+    path.unlink() if damage == "gone" else path.write_bytes(path.read_bytes()[:100])
+    evaluator = Evaluator(work, budgets, store, Clock())
+    ((state, anew),) = evaluator.evaluate(assignment(start=1, checkpoint=checkpoint))
+    assert state is State.DONE
+    assert anew.files == whole[1][1].files
+    with pytest.raises(TrialFailure, match="its checkpoint is gone"):
+        evaluator.pace(assignment(start=1, checkpoint=checkpoint))
+
+
 TRAINED = policy(
     ("stages.1.0.conv1", "prune", {"ratio": 0.5, "importance": "l2"}),
     (".", "qat", {"bits": "int8"}),

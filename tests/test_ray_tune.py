@@ -349,7 +349,7 @@ def test_kill_the_driver_and_resume(tmp_path: Path) -> None:
     before = path.read_bytes()
     before = before[: before.rindex(b"\n") + 1]
     with Journal.open(path) as journal:
-        controller = Controller.resume(journal, Dice, cost=Cost(trials=40))
+        controller = Controller.resume(journal, Dice, spent={"trials": 40})
         run_serial(controller, Closed())
     assert path.read_bytes().startswith(before)
     events = check_journal(path, 40)
@@ -377,7 +377,7 @@ def test_ctrl_c_and_sigterm_end_in_good_order_and_silence(tmp_path: Path) -> Non
         assert err == ""
         assert not list(Path(ray_tune._short_folder()).glob(f"{ray_tune.PREFIX}-{child.pid}-*"))
         with Journal.open(paths[number]) as journal:
-            resumed = Controller.resume(journal, Dice, cost=Cost(trials=20))
+            resumed = Controller.resume(journal, Dice, spent={"trials": 20})
             run_serial(resumed, Closed())
         check_journal(paths[number], len(resumed.trials))
     _, still_there = psutil.wait_procs(families, timeout=10)

@@ -20,8 +20,9 @@ from autocompress.controller import Controller, Header, run_serial
 from autocompress.journal import Journal, read
 from autocompress.registry import resolve
 from autocompress.searchers import Searcher
-from autocompress.searchers.design import spread
+from autocompress.searchers.design import common, spread
 from autocompress.searchers.evolution import Evolution
+from autocompress.searchers.fresh import Taken
 from autocompress.testing import ClosedForm, check_searcher
 from autocompress.types import (
     Cost,
@@ -64,6 +65,35 @@ LIGHT = {
 @pytest.mark.parametrize("name", LIGHT)
 def test_built_in_searchers_keep_the_contract(name):
     check_searcher(partial(resolve("searcher", name), **LIGHT[name]), trials=32)
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_a_space_without_questions_has_no_answer(name):
+    problem = ClosedForm(20)
+    space = Space(name="empty", genes=())
+    searcher = resolve("searcher", name)(space, problem.goals, problem.limit, Facts(), 0, **LIGHT[name])
+    control = problem.trial(0, sp.parent(problem.space))
+    searcher.tell(control.model_copy(update={"genotype": ()}))
+    assert searcher.ask(1, []) is None
+
+
+def test_what_is_taken_is_replaced_by_a_neighbour_not_by_the_first_one_left():
+    space = Space(name="s", genes=[Gene(name=f"g{i}", kind="arch", choices=(0, 1, 2, 3)) for i in range(8)])
+    for seed in range(10):
+        taken = Taken(space)
+        taken.genotypes |= {(3,) * 8, (0,) * 8}
+        found = taken.fresh(lambda: (3,) * 8, Random(seed), tries=1)
+        assert found is not None
+        assert sum(value != 3 for value in found) <= 6
+        assert found in taken.genotypes
+
+
+def test_integers_everywhere_come_first_where_there_are_any():
+    asked = {"kind": "policy", "choices": (0.0, 0.5), "op": "prune", "param": "ratio"}
+    floats = tuple(Gene(name=f"g{i}", site=f"s{i}", **asked) for i in range(3))
+    bits = Gene(name="b", kind="policy", choices=("float", "int8"), site="s0", op="quantize", param="bits")
+    assert common(Space(name="floats", genes=floats)) == []
+    assert common(Space(name="both", genes=(*floats, bits))) == [(0, 0, 0, 1)]
 
 
 @pytest.mark.parametrize("name", [*LIGHT, "optuna"])

@@ -44,6 +44,14 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
         store.get(sha)
 
 
+def test_a_file_that_was_cut_off_is_written_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    sha = store.put(b"right")
+    store.path(sha).write_bytes(b"rig")
+    assert store.put(b"right") == sha
+    assert store.get(sha) == b"right"
+
+
 @pytest.mark.parametrize("name", ["", "../../etc/passwd", "A" * 64, "0" * 63, "g" * 64])
 def test_only_a_sha256_is_a_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="not a sha256"):

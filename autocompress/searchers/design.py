@@ -52,10 +52,10 @@ def first(space: Space, facts: Facts, goals: Sequence[Goal], count: int, rng: Ra
 def spread(space: Space, count: int, rng: Random, exceptions: float = 0.08) -> tuple[Genotype, ...]:
     """`count` canonical genotypes from gentle to strongest compression, some of them perhaps equal.
 
-    The first is what everybody compares with: integers everywhere and nothing else. Of the others each takes at most
-    TOGETHER of the ops that cut. Four strengths in ten leave their group alone, one in ten is the last choice, the rest
-    lie between: cuts of several groups add up, and what loses too much quality teaches little. The share `exceptions`
-    of sites leaves its group's strength for a choice of its own.
+    The first is what everybody compares with: integers everywhere and nothing else, if there are any. Of the others
+    each takes at most TOGETHER of the ops that cut. Four strengths in ten leave their group alone, one in ten is the
+    last choice, the rest lie between: cuts of several groups add up, and what loses too much quality teaches little.
+    The share `exceptions` of sites leaves its group's strength for a choice of its own.
     """
     columns: list[list[float]] = []
     for _ in groups(space):
@@ -63,8 +63,8 @@ def spread(space: Space, count: int, rng: Random, exceptions: float = 0.08) -> t
         rng.shuffle(levels)
         columns.append(levels)
     cutting = [op for op in CUTTING if any(gene.op == op for gene in space.genes)]
-    designs = [integers(space)]
-    for i in range(1, count):
+    designs = common(space)
+    for i in range(len(designs), count):
         values = [0] * len(space.genes)
         spared = set(cutting) - set(rng.sample(cutting, min(TOGETHER, len(cutting))))
         for members, levels in zip(groups(space), columns, strict=True):
@@ -79,6 +79,11 @@ def spread(space: Space, count: int, rng: Random, exceptions: float = 0.08) -> t
                     values[j] = rng.randint(0, last)
         designs.append(sp.canonical(space, tuple(values)))
     return tuple(designs[:count])
+
+
+def common(space: Space) -> list[Genotype]:
+    """Integers everywhere and nothing else; nothing where no site can be in integers, for that is the parent."""
+    return [g for g in (integers(space),) if g != sp.parent(space)]
 
 
 def integers(space: Space) -> Genotype:
@@ -104,7 +109,7 @@ def fed(model: Additive, facts: Facts, goals: Sequence[Goal], count: int, rng: R
         even = iter(dict.fromkeys((*asked.gentlest(some), *asked.ordered(some, max(2, count // 6)))))
         front = iter(own)
         queues += [front, even, front, even, _scaled(knapsack, asked, count, rng)]
-    found = [integers(space)]
+    found = common(space)
     near = max(2, round(0.02 * len(space.genes)))
     while queues and len(found) < count:
         queue = queues.pop(0)

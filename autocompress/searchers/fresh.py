@@ -8,6 +8,8 @@ from random import Random
 from autocompress import space as sp
 from autocompress.types import Genotype, Space, Trial
 
+MUTATIONS = 16  # of a genotype that is taken, before the first one left is
+
 
 def numbered(seed: int, number: int) -> Random:
     """Random numbers of one ask: a function of the seed and the trial's number alone."""
@@ -31,11 +33,12 @@ class Taken:
         It is taken from then on. None when the space holds no other.
         """
         found = draw()
-        for step in range(2 * tries):
+        for step in range(tries - 1 + MUTATIONS):
             if found not in self.genotypes:
                 break
-            found = draw() if step < tries else sp.mutate(self.space, found, rng, changes=1.5 + 0.25 * (step - tries))
-        else:
+            beyond = step - (tries - 1)
+            found = draw() if beyond < 0 else sp.mutate(self.space, found, rng, changes=1.5 + 0.25 * beyond)
+        if found in self.genotypes:
             # Ends after at most one step more than there are taken genotypes.
             left = next((g for g in sp.every(self.space) if g not in self.genotypes), None)
             if left is None:

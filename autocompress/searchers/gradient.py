@@ -90,6 +90,8 @@ class Gradient:
         if outlook is None:
             return []
         scores = self.beliefs.scores(goal)
+        if not scores:
+            return []
         front = Front.of(self.beliefs, scores, outlook)
         found = self._descend(outlook, front, self._starts(scores, rng), rng)
         fresh = [g for g in dict.fromkeys(found) if g not in self.taken.genotypes]

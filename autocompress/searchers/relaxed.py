@@ -32,7 +32,7 @@ class Relaxed:
     def __init__(self, space: Space) -> None:
         self.space = space
         self.knobs = sp.knobs(space)
-        self.sizes = np.array([knob.size for knob in self.knobs])
+        self.sizes = np.array([knob.size for knob in self.knobs], dtype=np.int64)
         self.most = int(self.sizes.max(initial=1))
         self.barred = np.where(np.arange(self.most)[None, :] >= self.sizes[:, None], NEVER, 0.0)
         needs = [knob.needs for knob in self.knobs]
