@@ -27,6 +27,7 @@ MARK_S = 300.0  # a checkpoint at least so often
 SLACK = 0.92  # of the time is planned: quality, files and readings take some
 WORTH = 0.1  # of the kept time: with less left there is no further round
 LAGS = 0.05  # of the best quality, that a slower candidate may lack after little training
+PAIRED = 1 / 3  # of the interval of one quality, that a difference of two varies by: most answers are the same
 LEAST = 1e-4  # of the full training, that a trial goes on by in any case
 FAR = 0.02  # of the parent's quality, that who goes on may lack: from there on the whole rate begins anew
 LOWEST = 0.25  # of the rate, next to the parent's quality
@@ -248,7 +249,8 @@ def first(ranked: Sequence[Ranked], count: int) -> list[int]:
     if not ranked:
         return []
     best = ranked[0]
-    equal = [one for one in ranked if best.score.quality - one.score.quality <= best.sure and not _exceeds(one, best)]
+    near = best.score.quality - PAIRED * best.sure
+    equal = [one for one in ranked if one.score.quality >= near and not _exceeds(one, best)]
     ahead = max(equal, key=lambda one: one.score.latency)
     return list(dict.fromkeys((ahead.number, *(one.number for one in ranked))))[:count]
 

@@ -314,9 +314,9 @@ def test_after_little_training_slower_candidates_go_on_beside_the_best():
 
 
 def test_of_those_that_cannot_be_told_apart_the_slowest_trains_longest():
-    found = ranked((0.800, 0.10), (0.795, 0.14), (0.794, 0.18), (0.780, 0.20))
+    found = ranked((0.800, 0.10), (0.798, 0.14), (0.797, 0.18), (0.794, 0.20), (0.780, 0.22))
     assert first(found, 1) == [3]
     assert first(ranked((0.80, 0.10), (0.78, 0.20)), 1) == [1]
-    over = [*found, Ranked(9, Score(0.799, 0.9, 0.9), 0.01)]  # it breaks a budget
+    over = [*found, Ranked(9, Score(0.7995, 0.9, 0.9), 0.01)]  # it breaks a budget
     assert first(over, 1) == [3]
     assert first([], 1) == []
