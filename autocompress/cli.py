@@ -1,4 +1,7 @@
-"""The command line. Exit codes: 0 done, 1 a stated limit fails, 2 yours to mend, 70 a bug of ours, 130 Ctrl-C."""
+"""The command line. Exit codes: 0 done, 1 a limit that was to be held fails, 2 yours to mend, 70 a bug, 130 Ctrl-C.
+
+`search`, `resume` and `measure` are done with 0 whether or not anything could be certified.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +118,7 @@ def search(
     out: Annotated[str | None, typer.Option(help="Folder for results, relative to the current one.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of searcher and training.")] = None,
     searcher: Annotated[
-        str | None, typer.Option(help="random, evolution, policy_gradient, optuna or module:attr.")
+        str | None, typer.Option(help="evolution, portfolio, policy_gradient, gradient, random, optuna or module:attr.")
     ] = None,
     trials: Annotated[int | None, typer.Option(help="How many candidates at most.")] = None,
     minutes: Annotated[float | None, typer.Option(help="How long the search may take.")] = None,
@@ -250,6 +253,10 @@ def apply(
     max_drop: Annotated[
         float | None, typer.Option(min=0, max=1, help="Quality that may be lost, as a fraction: 0.01 is one point.")
     ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PROFILE", help="Your own profile (a name or a file) of a device that ARTIFACT names."),
+    ] = None,
     trust: Annotated[
         list[str] | None,
         typer.Option(metavar="PACKAGE", help="Import builder and task from this package if ARTIFACT names it."),
@@ -262,7 +269,16 @@ def apply(
     """
     from autocompress.reuse import apply as enact
 
-    done = enact(artifact, weights=weights, out=out, max_drop=max_drop, trust=trust or (), as_is=as_is, say=typer.echo)
+    done = enact(
+        artifact,
+        weights=weights,
+        out=out,
+        max_drop=max_drop,
+        devices=device or (),
+        trust=trust or (),
+        as_is=as_is,
+        say=typer.echo,
+    )
     typer.echo(str(done))
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from autocompress import artifact, certify, evidence, export, memory, onnxfile, reader, registry, tradeoff
+from autocompress import artifact, certify, evidence, export, load, memory, onnxfile, reader, registry, tradeoff
 from autocompress.artifact import Artifact
 from autocompress.controller import trial_seed
 from autocompress.devices.cores import plan_cores
-from autocompress.devices.fingerprint import short
+from autocompress.devices.fingerprint import resolve_local, short
 from autocompress.devices.station import Station
 from autocompress.models import Builder
 from autocompress.models.trace import examples, thop_count
@@ -98,6 +98,7 @@ def apply(
     max_drop: float | None = None,
     model: Builder | nn.Module | None = None,
     task: Task | None = None,
+    devices: Sequence[str | Profile] = (),
     trust: Sequence[str] = (),
     as_is: bool = False,
     say: Callable[[str], None] = lambda _: None,
@@ -109,8 +110,9 @@ def apply(
     its job's quality limit, or `max_drop` below the new weights' own quality on the selection split.
 
     The artifact names its builder and task; they are taken from what is installed with autocompress or given as
-    `model` and `task`. Names of the form `module:attr` are imported only if their package is in `trust`. `as_is`
-    measures on devices that are not those that the profiles were made for.
+    `model` and `task`. Names of the form `module:attr` are imported only if their package is in `trust`. Nor does it
+    decide what is reached: where a device of it is not plainly this host, `devices` names your own profile of it.
+    `as_is` measures on devices that are not those that the profiles were made for.
 
     Raises UserError for an artifact that is damaged, of another network or names unknown code; LimitError where a limit
     does not hold, after everything was written.
@@ -119,6 +121,9 @@ def apply(
     if out is not None:
         artifact.check_place(Path(out).absolute())  # said before anything is computed, not after
     read = artifact.read(Path(source), trust=trust)
+    if weights is not None:
+        profiles = measured_on(read, devices, trust)
+        read = replace(read, manifest=read.manifest.model_copy(update={"profiles": profiles}))
     if as_is:
         profiles = tuple(one.model_copy(update={"as_is": True}) for one in read.manifest.profiles)
         read = replace(read, manifest=read.manifest.model_copy(update={"profiles": profiles}))
@@ -128,6 +133,32 @@ def apply(
     if out is None:
         raise UserError("--out is needed with --weights: where shall the new artifact go?")
     return _renew(read, made, Path(weights), Path(out), max_drop, say)
+
+
+def harmless(profile: Profile) -> bool:
+    """Whether a profile that came with an artifact may be used: no plug-in, no host, no library that options name."""
+    return profile.device == "local" and not profile.provider_options
+
+
+def measured_on(read: Artifact, devices: Sequence[str | Profile], trust: Sequence[str] = ()) -> tuple[Profile, ...]:
+    """The artifact's devices, by the user's own profiles where these are given; what its files compute stays its own.
+
+    Raises UserError for a device that an artifact may not decide, and for one that it is not for.
+    """
+    given = {one.name: one for one in (load.profile(one) if isinstance(one, str) else one for one in devices)}
+    known = {profile.name: profile for profile in read.manifest.profiles}
+    if strange := sorted(given.keys() - known.keys()):
+        raise UserError(f"{read.folder} is for {', '.join(known)}, not for {strange[0]}: `verify` tries another device")
+    found: list[Profile] = []
+    for name, profile in known.items():
+        if name in given:
+            found.append(resolve_local(given[name]).model_copy(update={"numeric": profile.numeric}))
+        elif harmless(profile) or _trusted(profile.device, trust):
+            found.append(profile)
+        else:
+            how = f"is reached by {profile.device}" if profile.device != "local" else f"runs on {profile.provider}"
+            raise UserError(f"{name} {how}, which an artifact may not decide: give --device PROFILE")
+    return tuple(found)
 
 
 @dataclass(frozen=True)

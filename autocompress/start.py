@@ -116,7 +116,7 @@ devices:                             # one budget per target (`autocompress prof
   - {profile: local-1t, speedup: 2}  # at least twice as fast as the uncompressed file, one thread of this machine
 quality: {metric: accuracy, max_drop: 0.01}   # at most one point lost
 search:
-  searcher: evolution                # or policy_gradient, random, optuna
+  searcher: evolution                # or portfolio, policy_gradient, gradient, random; optuna (an extra)
   seed: 0
   probe: 60                          # seconds for trying the choices of the derived space one by one beforehand
   fidelity: {full_epochs: 10, rungs: [0.3, 1.0]}   # training of a candidate; weak ones end at the first rung

@@ -187,7 +187,7 @@ class _Run:
             profile = own.get(budget.profile)
             if profile is None:
                 self.fail("device", budget.profile, "the manifest says nothing of it; name a profile by --device")
-            elif not _here(profile):
+            elif not reuse.harmless(profile):
                 how = f"is reached by {profile.device}" if profile.device != "local" else f"runs on {profile.provider}"
                 self.fail("device", profile.name, f"{how}, which an artifact may not decide: give --device PROFILE")
             else:
@@ -199,7 +199,7 @@ class _Run:
         try:
             return load.profile(name)
         except UserError:
-            if name in own and _here(own[name]):
+            if name in own and reuse.harmless(own[name]):
                 return own[name]
             raise
 
@@ -437,11 +437,6 @@ class _Run:
         )
         self.tell(Check(name="quality", status="ok" if held else "failed", says=says, device=name))
         return found, checked
-
-
-def _here(profile: Profile) -> bool:
-    """Whether a profile that came with an artifact may be used: no plug-in, no host, no library that options name."""
-    return profile.device == "local" and not profile.provider_options
 
 
 def times(reading: Reading, compared: bool = True) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -471,4 +472,24 @@ def test_apply_says_what_is_wrong_before_it_trains(found, retrained: Path, tmp_p
     ):
         with pytest.raises(UserError, match=told):
             reuse.apply(out / winner.path, **{"weights": retrained, "model": builder(), **arguments})
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_artifact_does_not_decide_what_apply_reaches(found, retrained: Path, tmp_path: Path) -> None:
+    summary, out = found
+    (winner,) = [*summary.winners.values(), *summary.closest.values()]
+    made = tmp_path / "made"
+    shutil.copytree(out / winner.path, made)
+    manifest = json.loads((made / "manifest.json").read_text())
+    (profile,) = manifest["profiles"]
+    for change in ({"device": "evil_things:Device"}, {"device": "ssh"}, {"provider_options": {"library": "evil.so"}}):
+        manifest["profiles"] = [{**profile, "device": "local", **change}]
+        (made / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match="which an artifact may not decide: give --device PROFILE"):
+            reuse.apply(made, weights=retrained, out=tmp_path / "new", model=builder())
+        with pytest.raises(UserError, match="is for local-1t, not for local-2t"):
+            reuse.apply(made, weights=retrained, out=tmp_path / "new", model=builder(), devices=["local-2t"])
+        (mine,) = reuse.measured_on(artifact.read(made), ["local-1t"])
+        assert mine.device == "local"
+        assert not mine.provider_options
     assert not (tmp_path / "new").exists()
