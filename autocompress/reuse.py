@@ -42,6 +42,7 @@ from autocompress.types import (
     Job,
     LimitError,
     Point,
+    Profile,
     Quality,
     QualityLimit,
     Receipt,
