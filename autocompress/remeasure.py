@@ -22,7 +22,7 @@ from autocompress.devices.cores import plan_cores
 from autocompress.devices.fingerprint import check_expects, host, resolve_local, short
 from autocompress.devices.station import Station
 from autocompress.export import EXPORTERS, Exporter, graph_hash
-from autocompress.finals import FINALISTS, Finals, Kept, kept
+from autocompress.finals import Finals, Kept, finalists, kept
 from autocompress.graph import opset_of
 from autocompress.models import Builder
 from autocompress.models.weights import fill
@@ -237,7 +237,7 @@ class _Again:
         every, limit = self.run.trials, self.run.limit
         chosen: dict[int, Trial] = {}
         for goal in self.run.goals:  # as `run.sweep` chooses what it keeps
-            those = (*pareto.front(every, goal, limit), *pareto.best(every, goal, limit, FINALISTS))
+            those = (*pareto.front(every, goal, limit), *finalists(every, goal, limit))
             chosen |= {trial.number: trial for trial in those if trial.number > 0 and trial.state is State.DONE}
         return tuple(chosen[number] for number in sorted(chosen))
 
