@@ -140,7 +140,7 @@ class Closing:
         except TrialFailure as failure:
             self.say(f"#{number} cannot go on: {failure}")
             return ()
-        return marks(at, min(1.0, max(at + LEAST, at + max(seconds, 0.0) / max(whole, 1e-9))), whole)
+        return marks(at, min(1.0, at + max(LEAST, seconds / max(whole, 1e-9))), whole)
 
     def peak(self, number: int) -> float:
         """The share of the rate at which a trial goes on: the less, the nearer it has come to the parent's quality.

@@ -141,6 +141,12 @@ def harmless(profile: Profile) -> bool:
     return profile.device == "local" and not profile.provider_options
 
 
+def refusal(profile: Profile) -> str:
+    """What is said of a profile that came with an artifact and is not `harmless`."""
+    how = f"is reached by {profile.device}" if profile.device != "local" else f"runs on {profile.provider}"
+    return f"{how}, which an artifact may not decide: give --device PROFILE"
+
+
 def measured_on(read: Artifact, devices: Sequence[str | Profile], trust: Sequence[str] = ()) -> tuple[Profile, ...]:
     """The artifact's devices, by the user's own profiles where these are given; what its files compute stays its own.
 
@@ -157,8 +163,7 @@ def measured_on(read: Artifact, devices: Sequence[str | Profile], trust: Sequenc
         elif harmless(profile) or _trusted(profile.device, trust):
             found.append(profile)
         else:
-            how = f"is reached by {profile.device}" if profile.device != "local" else f"runs on {profile.provider}"
-            raise UserError(f"{name} {how}, which an artifact may not decide: give --device PROFILE")
+            raise UserError(f"{name} {refusal(profile)}")
     return tuple(found)
 
 

@@ -188,8 +188,7 @@ class _Run:
             if profile is None:
                 self.fail("device", budget.profile, "the manifest says nothing of it; name a profile by --device")
             elif not reuse.harmless(profile):
-                how = f"is reached by {profile.device}" if profile.device != "local" else f"runs on {profile.provider}"
-                self.fail("device", profile.name, f"{how}, which an artifact may not decide: give --device PROFILE")
+                self.fail("device", profile.name, reuse.refusal(profile))
             else:
                 found.append(_Target(profile, manifest.models[profile.name], budget))
         return found
