@@ -193,15 +193,16 @@ class Training:
     def run_to(self, fidelity: float) -> dict[str, float]:
         """Train up to this share of the full training; what is behind already is not repeated.
 
-        Returns loss (mean of the steps just taken), steps, images and seconds. Raises TrialFailure when the loss is
-        no longer a number.
+        Returns loss (mean of the steps just taken), steps, images and seconds, which are the steps' own: what the
+        epoch has behind it is passed over before. Raises TrialFailure when the loss is no longer a number.
         """
-        target, began, first = round(fidelity * self.total), time.perf_counter(), self.step
+        target, began, first = round(fidelity * self.total), 0.0, self.step
         losses, images = 0.0, 0
         self.module.train()
         with torch.random.fork_rng(devices=[]), self._taught(target), self._resting():
             while self.step < target:
                 for inputs, targets in self._rest_of_epoch():
+                    began = began or time.perf_counter()
                     self.pause()
                     torch.default_generator.manual_seed(draw(self.seed, 1, self.step))
                     losses += self._update(inputs, targets)
@@ -218,7 +219,7 @@ class Training:
             "loss": losses / taken if taken else 0.0,
             "steps": float(taken),
             "images": float(images),
-            "seconds": time.perf_counter() - began,
+            "seconds": time.perf_counter() - began if taken else 0.0,
         }
 
     @property
