@@ -1,6 +1,7 @@
 """Training in pieces equals training in one go; distillation; batch-norm statistics."""
 
 import math
+import time
 from itertools import islice
 
 import pytest
@@ -342,3 +343,21 @@ def test_statistics_are_the_weights_own_where_a_cycle_has_ended():
     for step, rested in ((9, False), (10, False), (69, False), (70, True), (71, False), (made.total, True)):
         made.step = step  # ten steps are too few to forget what was before
         assert made.rested == rested, step
+
+
+def test_seconds_are_those_of_the_steps_and_not_of_passing_over_what_is_behind():
+    """Else a training that goes on in the middle of an epoch looks slower than it is, and gets less of it."""
+
+    class Slow(Digits):
+        def batches(self, *args, **options):
+            for one in super().batches(*args, **options):
+                time.sleep(0.02)
+                yield one
+
+    made = train.Training(net(), Slow(), epochs=2, seed=0, batch=32)
+    behind = made.steps_per_epoch - 2
+    made.step = behind
+    began = time.perf_counter()
+    found = made.run_to((behind + 1) / made.total)
+    assert found["steps"] == 1
+    assert time.perf_counter() - began > behind * 0.02 > found["seconds"]
