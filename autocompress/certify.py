@@ -17,13 +17,13 @@ from scipy.special import stdtrit
 
 from autocompress.devices import Unreachable
 from autocompress.pareto import meets, tails
-from autocompress.types import Budget, Goal, Interval, Limit, Quality, Reading, Record
+from autocompress.types import Budget, Goal, Interval, Limit, Quality, Reading, Record, SearchPlan
 
 T = TypeVar("T")
 MORE = ("speedup", "throughput")
 """Budgets of which more is better."""
-SESSIONS = 5
-"""Fresh timing processes per device and finalist: what one costs is about SESSION_S."""
+SESSIONS = SearchPlan().sessions
+"""Fresh timing processes per device and finalist, where nobody says otherwise: what one costs is about SESSION_S."""
 SAMPLES = 500
 """Of which a device's quality is known well enough; splits are used whole, and a smaller one is said to be."""
 SESSION_S = 2.5  # at most, for files that load fast: 1.5 s of timing, a process, two loads

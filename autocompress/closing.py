@@ -28,6 +28,7 @@ SLACK = 0.92  # of the time is planned: quality, files and readings take some
 WORTH = 0.1  # of the kept time: with less left there is no further round
 LAGS = 0.05  # of the best quality, that a slower candidate may lack after little training
 PAIRED = 1 / 3  # of the interval of one quality, that a difference of two varies by: most answers are the same
+ALIKE = 0.02  # of the latency, within which two are as slow: a third of a block of a ResNet-56
 LEAST = 1e-4  # of the full training, that a trial goes on by in any case
 FAR = 0.02  # of the parent's quality, that who goes on may lack: from there on the whole rate begins anew
 LOWEST = 0.25  # of the rate, next to the parent's quality
@@ -60,13 +61,13 @@ class Closing:
     say: Callable[[str], None] = lambda _: None
 
     def go(self) -> None:
-        """Both rounds, or what an interruption has left of them."""
+        """Both rounds, or what an interruption has left of them; once more for the best where minutes were added."""
         controller = self.controller
         while not controller.stopped:
             if controller.rounds and not controller.finished:
                 beside = not controller.narrowed and self.workers > 1
                 self.together() if beside else self.alone(self.width)
-            elif controller.narrowed or not self.begin():
+            elif (controller.narrowed and not controller.extended) or not self.begin():
                 return
 
     def begin(self) -> bool:
@@ -245,13 +246,17 @@ def contenders(ranked: Sequence[Ranked], count: int) -> list[int]:
 
 
 def first(ranked: Sequence[Ranked], count: int) -> list[int]:
-    """The best; of those whose quality cannot be told from its the slowest, which has most to gain from training."""
+    """The best; of those whose quality cannot be told from its the slowest, which has most to gain from training.
+
+    Of those that are as slow the one of the highest quality.
+    """
     if not ranked:
         return []
     best = ranked[0]
     near = best.score.quality - PAIRED * best.sure
     equal = [one for one in ranked if one.score.quality >= near and not _exceeds(one, best)]
-    ahead = max(equal, key=lambda one: one.score.latency)
+    slowest = max(one.score.latency for one in equal)
+    ahead = next(one for one in equal if one.score.latency >= (1 - ALIKE) * slowest)
     return list(dict.fromkeys((ahead.number, *(one.number for one in ranked))))[:count]
 
 

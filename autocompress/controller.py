@@ -145,6 +145,7 @@ class Controller:
         self._fell: set[int] = set()  # of those, failed since
         self.rounds = 0  # of finals
         self.narrowed = False  # the last round was for some of those that had gone on before
+        self.extended = False  # more minutes were given since it began
         self._exhausted = self._stopped = False
         self._posted: queue.SimpleQueue[Callable[[Controller], None]] = queue.SimpleQueue()
         self._clock = clock
@@ -186,7 +187,7 @@ class Controller:
         cost = renewed(controller.cost, spent or {})
         if cost != controller.cost:
             controller._write({"number": 0, "state": COST, "cost": cost.model_dump(mode="json")})
-            controller.cost = cost
+            controller._spend(cost)
         return controller
 
     # --- the view from outside --------------------------------------------------------------------------------------
@@ -358,7 +359,7 @@ class Controller:
         return (*self._ladder.reached, {number: done[number] for number in done.keys() - self._finals.keys()})
 
     def _begin_finals(self, event: Event) -> None:
-        self._waiting = []
+        self._waiting, self.extended = [], False
         self.narrowed = bool(self._finals) and all(int(path["number"]) in self._finals for path in event["paths"])
         for path in event["paths"]:
             number, rungs = int(path["number"]), tuple(map(float, path["rungs"]))
@@ -377,6 +378,10 @@ class Controller:
             self._stood[number] = trial
             self._waiting.append(number)
         self.rounds += 1
+
+    def _spend(self, cost: Cost) -> None:
+        self.extended = self.extended or cost.minutes > self.cost.minutes
+        self.cost = cost
 
     def _rungs(self, number: int) -> tuple[float, ...]:
         """A trial's fidelities, behind it and ahead."""
@@ -573,7 +578,7 @@ class Controller:
             raise ValueError("`at` is no time")
         self._before = max(self._before, at)
         if state == COST:
-            self.cost = Cost.model_validate(event["cost"])
+            self._spend(Cost.model_validate(event["cost"]))
             return None, None
         if number == 0 and state in (AWAY, BACK):
             return None, None

@@ -46,6 +46,7 @@ class Estimate(Record):
     disk_mb: float
     stations: str
     devices: dict[str, str] = {}  # what each is asked, in words
+    sessions: int = SESSIONS  # per finalist and device
     certify_s: float = 0.0  # if every finalist has to be measured again
     held: bool = False  # `out` has a run already
 
@@ -60,7 +61,7 @@ class Estimate(Record):
                 f"  machine   {self.workers} at a time; {self.stations}",
                 *(f"  device    {name}: {asked}" for name, asked in self.devices.items()),
                 f"  time      about {self.minutes:.1f} min: {train}about {self.trials} trials of {self.trial_s:.0f} s",
-                f"  certify   {SESSIONS} sessions per finalist and device, at most {self.certify_s:.0f} s of the time",
+                f"  certify   {self.sessions} sessions per finalist and device, at most {self.certify_s:.0f} s of it",
                 f"  disk      up to {self.disk_mb:.0f} MB while it runs",
                 *(
                     ["  out       holds a run already: resume it, or choose another folder by --out"]
@@ -106,7 +107,7 @@ def estimate(job: Job, made: Parts | None = None) -> Estimate:
     trials = max(1, min(cost.trials, int(cost.minutes * 60 / pace)))
     probe_s = job.search.probe if job.space == auto.NAME else 0.0
     # Goals share the sessions of a finalist that they share, and the first that passes ends it: a half is usual.
-    certify_s = SESSION_S * SESSIONS * FINALISTS * len(made.profiles)
+    certify_s = SESSION_S * job.search.sessions * FINALISTS * len(made.profiles)
     minutes = (START_S + parent_s + probe_s + trials * pace + FINALS_S + certify_s / 2) / 60
     disk = 1.0 + parameters * 4 / 1e6 * (2 + trials * 2 * CHILD)
     return Estimate(
@@ -124,6 +125,7 @@ def estimate(job: Job, made: Parts | None = None) -> Estimate:
         disk_mb=disk,
         stations=plan.why,
         devices={budget.profile: wish(budget) for budget in made.budgets},
+        sessions=job.search.sessions,
         certify_s=certify_s,
     )
 

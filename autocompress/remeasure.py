@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from torch import nn
 
 from autocompress import artifact, evidence, journal, load, onnxfile, pareto, report, summary
-from autocompress.certify import SESSIONS, Checked
+from autocompress.certify import Checked
 from autocompress.controller import Header
 from autocompress.devices import Unreachable
 from autocompress.devices.cores import plan_cores
@@ -113,16 +113,16 @@ def remeasure(
     budget: dict[str, float] | None = None,
     builder: Builder | nn.Module | None = None,
     task: Task | None = None,
-    sessions: int = SESSIONS,
+    sessions: int | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Remeasured:
     """Measure a search's front on another device and certify the best there.
 
     `budget` maps bounds to values; without one the bounds that the search stated for that profile hold, or the
-    relative ones that all its devices share. `builder` and `task` are given where the search was given objects. Writes
-    OUT/devices/NEW/{front.csv, summary.json} and the artifact OUT/best/NEW (OUT/closest/NEW where nothing holds; under
-    OUT/devices/NEW where NEW was a device of the search). Raises UserError for what the user can mend, Unreachable for
-    a device that does not answer.
+    relative ones that all its devices share; `sessions` are the search's where nothing is said. `builder` and `task`
+    are given where the search was given objects. Writes OUT/devices/NEW/{front.csv, summary.json} and the artifact
+    OUT/best/NEW (OUT/closest/NEW where nothing holds; under OUT/devices/NEW where NEW was a device of the search).
+    Raises UserError for what the user can mend, Unreachable for a device that does not answer.
     """
     out = Path(out)
     run = report.load(out)
@@ -156,7 +156,7 @@ def remeasure(
     weighed = (target.name,) if asked.memory_mb is not None else ()
     station = Station([target], plan_cores([target]), baseline, weighed=weighed)
     try:
-        return _Again(out, run, parts, work, station, sessions, say).go()
+        return _Again(out, run, parts, work, station, sessions or job.search.sessions, say).go()
     finally:
         station.close()
 

@@ -358,6 +358,7 @@ def _judge(
             quality={name: quality for name, (quality, _) in answered.items()},
             size_mb={name: releases[one].size_mb for name, one in variant.items()},
             limit=floor(asked, selection.value.value),
+            sessions=_sessions(read),
             checked={name: checked for name, (_, checked) in answered.items()},
         )
         readings = {profile.name: station.measure(profile.name, path, key) for profile in work.profiles}
@@ -377,6 +378,11 @@ def _judge(
         parameters=parameters,
     )
     return before, proof, {short(host): host for host in hosts.values()}, points
+
+
+def _sessions(read: Artifact) -> int:
+    """As many as the artifact's own certificate took."""
+    return min(max(read.manifest.certificate.sessions.values(), default=certify.SESSIONS), 100)
 
 
 def _asked(read: Artifact, max_drop: float | None) -> QualityLimit:

@@ -33,6 +33,7 @@ from autocompress import (
     summary,
 )
 from autocompress.artifact import versions
+from autocompress.certify import SESSIONS
 from autocompress.closing import Closing
 from autocompress.controller import Controller, Header, header, renewed, run_serial
 from autocompress.devices import AllAway, Unreachable, host_of
@@ -191,6 +192,7 @@ def search(
     workers: int | None = None,
     screen: bool = False,
     patience: float = 30.0,
+    sessions: int = SESSIONS,
     console: Console | None = None,
 ) -> Summary:
     """The whole search in Python, with objects or names for model (a builder), task and space.
@@ -203,10 +205,10 @@ def search(
     structures of it learn to share the parent's weights before the search. With `routes` it offers exits and gates too,
     whose files decide by their input and take one sample at a time; with `ops` it asks of these ops alone. `warm` names
     folders of earlier runs, of this or another network or device, whose trials the searcher begins with. Of the
-    `minutes` the share `final` is kept
-    for the last rung, to which the best few alone are trained, one after another on all cores. `screen` leaves
-    unmeasured what is predicted to be far over every budget, `patience` is how many minutes to wait for devices that
-    are away. Budgets, quality and fidelity are the records of a job file or mappings of their fields.
+    `minutes` the share `final` is kept for the last rung, to which the best few alone are trained, one after another on
+    all cores. `screen` leaves unmeasured what is predicted to be far over every budget, `patience` is how many minutes
+    to wait for devices that are away, `sessions` how often each finalist is timed anew for its certificate. Budgets,
+    quality and fidelity are the records of a job file or mappings of their fields.
     """
     if space is None:
         space = "convnet" if model == "convnet" else auto.NAME
@@ -237,6 +239,7 @@ def search(
             "workers": workers,
             "screen": screen,
             "patience": patience,
+            "sessions": sessions,
         },
         "out": str(out),
     }
@@ -274,6 +277,7 @@ class _Run:
     spent: Mapping[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     derived: bool = False  # the space is made from the network
+    parent: str = field(default="", init=False)  # sha256 of the weights
 
     def go(self) -> Summary:
         progress = live.Progress(
@@ -305,7 +309,9 @@ class _Run:
             with self.stage("parent"):
                 parent = make_parent(self.parts, self.out / "baseline", self.live.stage)
             store = Store(self.out / "work")
-            sha = store.put((self.out / "baseline" / WEIGHTS).read_bytes())
+            self.parent = sha = store.put((self.out / "baseline" / WEIGHTS).read_bytes())
+            if journal is not None:
+                self.check_parent(header(journal))
             # From here on driver, trainers and everything they start leave the station's cores alone.
             keep_to(plan.trainers)
             torch.set_num_threads(max(1, len(plan.trainers) or (os.cpu_count() or 1)))
@@ -392,6 +398,7 @@ class _Run:
                 more={
                     "job": self.parts.job.model_dump(mode="json"),
                     "exporter": work.exporter,
+                    "parent": self.parent,
                     "control": baseline.outcome.model_dump(mode="json", exclude_defaults=True),
                 },
             )
@@ -460,6 +467,14 @@ class _Run:
             plan = plan.model_copy(update={"fidelity": rungs})
             self.live.progress.plan = plan
         return replace(baseline, facts=baseline.facts.model_copy(update={"shared": shared})), plan
+
+    def check_parent(self, known: Header) -> None:
+        """A resumed run must be of the same weights."""
+        if known.more.get("parent", self.parent) != self.parent:
+            raise UserError(
+                f"{self.out / 'baseline' / WEIGHTS}: not the weights that this run began with, whose sha256 is in its "
+                "journal's first line; put them back, or start a new run"
+            )
 
     def check_same(self, known: Header) -> None:
         """A resumed run must be of the same network; another host is said, since its readings do not compare."""
@@ -640,7 +655,10 @@ class _Run:
         """Certify, test, write. A second Ctrl-C leaves out what is not certified yet."""
         trials = controller.standing
         patience = 0.0 if controller.stopped else self.parts.job.search.patience * 60
-        finals = Finals(self.parts, work, baseline, station, store, self.out, work.exporter, patience, self.live.stage)
+        finals = Finals(
+            self.parts, work, baseline, station, store, self.out, work.exporter, patience, self.live.stage,
+            sessions_each=self.parts.job.search.sessions,
+        )  # fmt: skip
         findings: list[Finding] = []
         arms: list[Arm] = []
         broken: list[Exception] = []  # raised again when all that was found is written

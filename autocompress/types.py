@@ -539,6 +539,7 @@ class SearchPlan(Record):
     cost: Cost = Cost()
     workers: int | None = Field(default=None, ge=1)
     patience: float = Field(default=30.0, ge=0, allow_inf_nan=False)  # minutes to wait for devices that are away
+    sessions: int = Field(default=5, ge=1, le=100)  # fresh timing processes per device and finalist
     screen: bool = False  # leave unmeasured what is predicted to be far over every budget; by default all is measured
     probe: float = Field(default=60.0, ge=0, allow_inf_nan=False)  # seconds at most, for `space: auto` alone; 0: none
     warm: tuple[str, ...] = ()  # folders or journals of earlier runs whose trials it begins with

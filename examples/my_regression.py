@@ -118,6 +118,6 @@ if __name__ == "__main__":
         quality={"metric": "score", "max_drop": 0.02},
         fidelity={"full_epochs": 4, "rungs": [0.34, 1.0]},
         trials=30,
-        minutes=3,
+        minutes=1,
         out="runs/regression",
     )

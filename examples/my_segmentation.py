@@ -120,6 +120,6 @@ if __name__ == "__main__":
         quality={"metric": "miou", "max_drop": 0.02},
         fidelity={"full_epochs": 3, "rungs": [0.34, 1.0]},
         trials=30,
-        minutes=3,
+        minutes=1,
         out="runs/segmentation",
     )

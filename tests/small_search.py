@@ -47,6 +47,7 @@ def job(out: Path, **plan: object) -> Job:
         searcher="random",
         fidelity=Fidelity(full_epochs=2.0, rungs=(0.5, 1.0)),
         cost=Cost(trials=4, minutes=5),
+        sessions=2,
     ).model_copy(update=plan)
     return Job(
         task="digits",

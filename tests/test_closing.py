@@ -102,6 +102,24 @@ def test_an_interrupted_closing_goes_on(tmp_path: Path, after: int) -> None:
     assert story(other)[-1] == story(path)[-1]
 
 
+def test_more_minutes_are_for_the_best_of_those_that_went_on(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    whole(path)
+    same = Controller.resume(Journal.open(path), Learner, spent={"minutes": 60.0}, clock=lambda: 0.0)
+    closing(same, Kept()).go()
+    assert same.rounds == 2
+    same.journal.close()
+    before = {trial.number: trial.outcome.fidelity for trial in same.trials}
+    for _ in range(2):  # the second time it has begun already
+        more = Controller.resume(Journal.open(path), Learner, spent={"minutes": 70.0}, clock=lambda: 0.0)
+        closing(more, Kept()).go()
+        more.journal.close()
+        assert more.rounds == 3
+    (one,) = [trial for trial in more.trials if trial.outcome.fidelity != before[trial.number]]
+    assert before[one.number] == max(before.values())
+    assert one.outcome.fidelity == 1.0
+
+
 @pytest.mark.parametrize(("parent", "least", "most"), [(0.71, LOWEST, 0.5), (2.0, 1.0, 1.0), (0.5, LOWEST, LOWEST)])
 def test_who_has_come_near_the_parent_goes_on_at_a_lower_rate(
     tmp_path: Path, parent: float, least: float, most: float
@@ -317,6 +335,7 @@ def test_of_those_that_cannot_be_told_apart_the_slowest_trains_longest():
     found = ranked((0.800, 0.10), (0.798, 0.14), (0.797, 0.18), (0.794, 0.20), (0.780, 0.22))
     assert first(found, 1) == [3]
     assert first(ranked((0.80, 0.10), (0.78, 0.20)), 1) == [1]
+    assert first(ranked((0.800, 0.179), (0.798, 0.18)), 1) == [1]  # as slow
     over = [*found, Ranked(9, Score(0.7995, 0.9, 0.9), 0.01)]  # it breaks a budget
     assert first(over, 1) == [3]
     assert first([], 1) == []

@@ -100,7 +100,9 @@ def run(folder: Path, script: str) -> str:
 
 
 def test_the_job(place):
-    (place / "job.yaml").write_text(block("yaml"))
+    few = block("yaml").replace("search: {", "search: {sessions: 2, ")
+    assert few != block("yaml")
+    (place / "job.yaml").write_text(few)
     run(
         place,
         "import sys; sys.argv = ['autocompress', 'search', 'job.yaml', '--serial', '--trials', '3']\n"
@@ -111,7 +113,7 @@ def test_the_job(place):
 
 
 def test_the_python(place):
-    few = block("python").replace("minutes=10", "minutes=10, trials=3, serial=True")
+    few = block("python").replace("minutes=10", "minutes=10, trials=3, serial=True, sessions=2")
     assert few != block("python")
     run(place, few.replace("found.winners", "{**found.closest, **found.winners}"))
     assert (place / "runs/own/summary.json").is_file()

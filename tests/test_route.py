@@ -378,7 +378,7 @@ def test_a_policy_with_routes_goes_from_search_to_artifact_to_new_weights(parent
     summary = autocompress.search(
         parent, "digits", space=Space(name="leaving", genes=(bits,), always=always),
         devices=[{"profile": "local-1t", "latency_ms": {"p99": 500}}],
-        quality={"max_drop": 0.9}, trials=1, minutes=3, fidelity={"full_epochs": 1, "rungs": (1.0,)},
+        quality={"max_drop": 0.9}, trials=1, minutes=3, sessions=2, fidelity={"full_epochs": 1, "rungs": (1.0,)},
         out=tmp_path / "run", serial=True, console=Console(file=io.StringIO()),
     )  # fmt: skip
     assert summary.winners, summary.problems
@@ -528,7 +528,8 @@ def test_what_an_exit_saves_is_the_work_behind_it(made: Made):
 
 
 def test_the_example_runs(tmp_path):
-    small = {"model.epochs": 2, "search.fidelity.full_epochs": 1, "search.cost": {"trials": 2, "minutes": 5}}
+    cost = {"search.cost": {"trials": 2, "minutes": 5}, "search.sessions": 2}
+    small = {"model.epochs": 2, "search.fidelity.full_epochs": 1, **cost}
     job = load.job("examples/early_exit.yaml", {"out": str(tmp_path / "out"), **small})
     summary = run(job, serial=True, console=Console(file=io.StringIO()))
     assert (summary.state, summary.trials) == ("finished", 2)

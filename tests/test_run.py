@@ -43,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
 def found(folder: Path):
     """One serial search of four trials; every test below looks at what it left."""
     out = folder / "run"
-    return run(job(out), builder=builder(), space=space(folder), serial=True, console=QUIET), out
+    return run(job(out, sessions=5), builder=builder(), space=space(folder), serial=True, console=QUIET), out
 
 
 def lines(out: Path) -> list[dict]:
@@ -163,6 +163,17 @@ def retrained(folder: Path) -> Path:
     path = folder / "retrained.safetensors"
     path.write_bytes(weights_of(network))
     return path
+
+
+def test_a_run_is_not_resumed_on_other_weights(found, retrained: Path, folder: Path, tmp_path: Path) -> None:
+    _, out = found
+    copy = tmp_path / "other"
+    subprocess.run(["cp", "-r", str(out), str(copy)], check=True)
+    (copy / "baseline" / "weights.safetensors").write_bytes(retrained.read_bytes())
+    with pytest.raises(UserError, match=r"baseline/weights.safetensors: not the weights that this run began with"):
+        resume(copy, builder=builder(), space=space(folder), trials=6, serial=True, console=QUIET)
+    assert (copy / "baseline" / "model.onnx").read_bytes() == (out / "baseline" / "model.onnx").read_bytes()
+    assert lines(copy) == lines(out)
 
 
 def test_apply_to_retrained_weights_decides_again_and_certifies(found, retrained: Path, tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from autocompress.controller import Controller, run_serial
 from autocompress.devices import Unreachable, host_of
 from autocompress.devices.cores import plan_cores
 from autocompress.devices.station import Station
-from autocompress.finals import Finals
 from autocompress.journal import Event, Journal
 from autocompress.models.convnet import ConvNet
 from autocompress.parts import make_searcher
@@ -354,8 +353,7 @@ def test_places_at_a_rung_are_those_of_complete_readings() -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Certificates of two short sessions: what they are worth is for other tests."""
-    monkeypatch.setattr("autocompress.run.Finals", partial(Finals, sessions_each=2))
+    """Certificates of short sessions: what they are worth is for other tests."""
     monkeypatch.setattr(Station.session, "__defaults__", (0.2,))
 
 

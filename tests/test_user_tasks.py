@@ -118,6 +118,7 @@ def test_a_whole_search_leaves_an_artifact_that_runs_alone(case, tmp_path: Path)
         searcher="random",
         trials=2,
         minutes=2,
+        sessions=2,
         out=tmp_path / "run",
         serial=True,
         console=QUIET,

@@ -37,7 +37,7 @@ ASKED = Budget(
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One serial search; its winner is what the tests below copy and damage."""
     folder = tmp_path_factory.mktemp("verify")
-    asked = job(folder / "run").model_copy(update={"devices": (ASKED,)})
+    asked = job(folder / "run", sessions=5).model_copy(update={"devices": (ASKED,)})
     run(asked, builder=builder(), space=space(folder), serial=True, console=Console(quiet=True))
     return folder / "run"
 
@@ -131,7 +131,7 @@ def test_every_budget_goes_from_the_job_to_every_page(out: Path) -> None:
 
 
 def test_check_shows_what_is_asked_and_what_certifying_takes(tmp_path: Path) -> None:
-    asked = job(tmp_path / "run").model_copy(update={"devices": (ASKED,)})
+    asked = job(tmp_path / "run", sessions=5).model_copy(update={"devices": (ASKED,)})
     words = str(estimate(asked, parts(asked, builder=builder(), space=space(tmp_path))))
     assert f"local-1t: 1000 ms, p95 1000 ms, 0.01{TIMES}, 1/s, 100 MB, 4000 MB in memory" in words
     assert "5 sessions per finalist and device" in words
