@@ -26,7 +26,7 @@ class Layer:
     kept: float  # height of what is left, 0 when dropped
     kind: str
     bits: str  # as the op quantize names them
-    fill: str  # class of the fill: float, int8, int8-dynamic, int4, half, or none where nothing was done
+    fill: str  # class of the fill: float, int8, packed, int8-dynamic, int4, half, or none where nothing was done
     rank: str
     form: str  # what took its place: separable ..., merged; else empty
     zeros: str  # of its weights: 50 %, 2:4; else empty
@@ -38,7 +38,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of neighbouring layers with a common prefix; of blocks, one that was dropped, merged or has a gate."""
+    """A run of neighbouring layers with a common prefix; a block that was merged or has a gate; dropped blocks."""
 
     x: float
     width: float
@@ -70,9 +70,11 @@ class Network:
 
 
 FILLS = {"float16": "half", "bfloat16": "half"}
+PACKED = "int8, weights in 4 bits"
 COPY = "little"  # site of the exit of a smaller copy that answers first
 _BEFORE = 36.0  # pixels of room for it, left of the first layer
-_ROOM = 1110.0  # the page's width in pixels, without margins
+_ROOM = 1054.0  # the page's width in pixels, without margins and _SIDE on either side
+_SIDE = 30.0
 _GLYPH = 6.0  # pixels that a letter of a label takes
 
 
@@ -95,7 +97,7 @@ def network(policy: PolicyFile, shapes: Mapping[str, Sequence[int]]) -> Network:
         if entry.status == "skipped"
     }
     layers: list[Layer] = []
-    x = 30.0 + before
+    x = _SIDE + before
     for index, site in enumerate(sites):
         x += gap if index and prefixes[index] != prefixes[index - 1] else 0.0
         layers.append(_layer(site, policy, shapes, skipped, round(x, 1), most * math.sqrt(site.out_channels / tallest)))
@@ -103,9 +105,10 @@ def network(policy: PolicyFile, shapes: Mapping[str, Sequence[int]]) -> Network:
     alive = [layer for layer in layers if not layer.dropped]
     foot = middle + most / 2 + 10
     longest = max((len(layer.label) + len(layer.marks) + 2 * bool(layer.marks) for layer in layers), default=0)
-    counted = Counter((layer.fill, layer.bits if layer.fill != "none" else "not touched") for layer in alive)
+    words = {"none": "not touched", "packed": PACKED}
+    counted = Counter((layer.fill, words.get(layer.fill, layer.bits)) for layer in alive)
     return Network(
-        width=round(x + 30),
+        width=round(x + _SIDE),
         height=round(foot + longest * _GLYPH + 34),
         middle=middle,
         bar=bar,
@@ -168,6 +171,7 @@ def _layer(
     ]
     full = max(height, 5.0)  # by the square root, so that narrow layers of wide networks can be seen
     kept = 0.0 if dropped else max(min(left, site.out_channels) / max(site.out_channels, 1) * full, 3.0)
+    packed = bits == "int8" and settings["quantize"].get("weights") == "int4"
     same = left >= site.out_channels and bits == "float" and not settings.keys() - UNSEEN
     marks = [f"rank {share}" if share else "", form, f"{zeros} zeros" if zeros else ""]
     return Layer(
@@ -176,7 +180,7 @@ def _layer(
         kept=round(kept, 1),
         kind=site.kind,
         bits=bits,
-        fill="none" if same else FILLS.get(bits, bits),
+        fill="none" if same else "packed" if packed else FILLS.get(bits, bits),
         rank="" if dropped else share,
         form="" if dropped else form,
         zeros="" if dropped else zeros,
@@ -223,14 +227,22 @@ def _channels(
 def _blocks(
     policy: PolicyFile, sites: Sequence[Site], layers: Sequence[Layer], skipped: set[tuple[str, str]], bar: float
 ) -> Iterable[Stage]:
-    """Blocks that were dropped or merged or have a gate, as far as their layers reach."""
+    """Blocks that were merged or have a gate, as far as their layers reach; of dropped ones each run."""
     words = {"drop": "dropped", "merge": "merged"}
     told = {("block", rule.site): words.get(str(rule.settings.get("kind")), "") for rule in policy.policy.rules}
     told |= {(op, site): f"{100 * share:.0f} % run" for op, site, share in _routes(policy) if op == "gate"}
+    found: list[tuple[int, int, str]] = []  # first and last layer, what is said
     for (op, name), said in told.items():
-        inside = [layer for site, layer in zip(sites, layers, strict=True) if site.name.startswith(name + ".")]
+        inside = [n for n, site in enumerate(sites) if site.name.startswith(name + ".")]
         if said and inside and (op, name) not in skipped:
-            yield Stage(inside[0].x, round(inside[-1].x + bar - inside[0].x, 1), said)
+            found.append((inside[0], inside[-1], said))
+    runs: list[tuple[int, int, str]] = []
+    for first, last, said in sorted(found):
+        if runs and runs[-1][1:] == (first - 1, words["drop"]) and said == words["drop"]:
+            first = runs.pop()[0]  # noqa: PLW2901  one box, one label: theirs would touch
+        runs.append((first, last, said))
+    for first, last, said in runs:
+        yield Stage(layers[first].x, round(layers[last].x + bar - layers[first].x, 1), said)
 
 
 def _exits(policy: PolicyFile, sites: Sequence[Site], layers: Sequence[Layer], bar: float) -> Iterable[Stage]:

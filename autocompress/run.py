@@ -363,11 +363,12 @@ class _Run:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started, before = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
-        finally:
-            self.seconds[name] = time.perf_counter() - started
+        finally:  # without the stages within
+            within = sum(self.seconds.values()) - before
+            self.seconds[name] = time.perf_counter() - started - within
 
     def begin(self, journal: Journal | None, work: Work, station: Station, key: str) -> tuple[Baseline, Journal]:
         """The baseline and the journal: measured and created, or as the journal has them."""

@@ -556,6 +556,22 @@ def test_layers_that_were_touched_are_told_apart():
     assert (picture.dropped, picture.replaced, picture.zeros) == (3, 2, 1)
 
 
+def test_dropped_neighbours_have_one_box_and_packed_weights_their_fill():
+    sites = tuple(Site(name=f"l.{n}.a", kind="conv", in_channels=8, out_channels=8, kernel=3) for n in range(6))
+    blocks = tuple(Site(name=f"l.{n}", kind="block", ops=("block",)) for n in range(6))
+    kinds = {1: "drop", 2: "drop", 3: "merge", 4: "drop"}
+    rules = [Rule(site=f"l.{n}", op="block", settings={"kind": kind}) for n, kind in kinds.items()]
+    rules += [Rule(site=".", op="quantize", settings={"bits": "int8"})]
+    rules += [Rule(site="l.5", op="quantize", settings={"weights": "int4"})]
+    picture = network(artifact.PolicyFile(builder="b", policy=Policy(rules=tuple(rules)), sites=(*sites, *blocks)), {})
+    assert [block.label for block in picture.blocks] == ["dropped", "merged", "dropped"]
+    first, _, last = picture.blocks
+    assert (first.x, last.x) == (picture.layers[1].x, picture.layers[4].x)
+    assert first.x + first.width == pytest.approx(picture.layers[2].x + picture.bar)
+    assert [layer.fill for layer in picture.layers if not layer.dropped] == ["int8", "int8", "packed"]
+    assert {words: count for _, words, count in picture.fills} == {"int8": 2, "int8, weights in 4 bits": 1}
+
+
 def test_samples_leave_behind_exits_and_before_all_layers():
     names = ("conv1", "l.0.a", "l.1.a", "fc")
     sites = tuple(Site(name=name, kind="conv", in_channels=8, out_channels=8, kernel=3) for name in names)
