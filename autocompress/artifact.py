@@ -32,6 +32,7 @@ from autocompress.types import (
     Choice,
     Genotype,
     Goal,
+    Interval,
     Point,
     Policy,
     Profile,
@@ -109,6 +110,7 @@ class Manifest(Record):
     seed: int = 0
     selection: dict[str, Quality] = {}  # per profile
     test: dict[str, Quality] = {}  # per profile, read once
+    lost: dict[str, Interval] = {}  # of that, sample by sample, where the task tells how each fares
     size_mb: dict[str, float] = {}
     macs: int = 0
     parameters: int = 0

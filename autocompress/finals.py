@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from autocompress import artifact, certify, evidence, export, onnxfile, pareto, tradeoff
 from autocompress.controller import trial_seed
@@ -31,8 +32,11 @@ from autocompress.space import decode
 from autocompress.stages import stages
 from autocompress.store import Store
 from autocompress.summary import Arm, Finding
+from autocompress.tasks.intervals import paired
+from autocompress.tasks.judge import judged
 from autocompress.types import (
     Goal,
+    Interval,
     Limit,
     Point,
     Policy,
@@ -155,6 +159,7 @@ class Finals:
     place: Path | None = None  # of the artifacts, if it is not `out`
     sessions_each: int = certify.SESSIONS
     test: dict[str, Quality] = field(default_factory=dict)  # by sha256 of the file: each meets the test split once
+    scores: dict[str, NDArray[Any] | None] = field(default_factory=dict)  # of its samples, where the task tells them
     made: dict[int, tuple[Stage, ...]] = field(default_factory=dict)  # by trial number
     optimized: dict[tuple[str, str], tuple[bytes, dict[str, int]]] = field(default_factory=dict)
     traded: dict[tuple[str, tuple[str, ...]], tuple[Point, ...]] = field(default_factory=dict)
@@ -221,8 +226,13 @@ class Finals:
     def test_quality(self, sha: str, model: bytes) -> Quality:
         """The test split, read once per file."""
         if sha not in self.test:
-            self.test[sha] = self.work.task.quality(export.predictor(model), "test")
+            self.test[sha], self.scores[sha] = judged(self.work.task, export.predictor(model), "test")
         return self.test[sha]
+
+    def lost(self, sha: str) -> Interval | None:
+        """What a file loses of the baseline's quality on the test split, where each sample's share of both is known."""
+        before, after = self.scores.get("baseline"), self.scores.get(sha)
+        return paired(before, after) if before is not None and after is not None else None
 
     def decide(
         self, trials: tuple[Trial, ...], goal: Goal, folder: str, also: tuple[Trial, ...] = ()
@@ -239,11 +249,11 @@ class Finals:
         trial, proof = chosen.winner, chosen.certificate
         files = kept(self.store, trial)
         names = [budget.profile for budget in goal.budgets]
-        test = {
-            name: self.test_quality(files.shas[self.variant(name)], files.models[self.variant(name)]) for name in names
-        }
+        shas = {name: files.shas[self.variant(name)] for name in names}
+        test = {name: self.test_quality(sha, files.models[self.variant(name)]) for name, sha in shas.items()}
+        lost = {name: found for name, sha in shas.items() if (found := self.lost(sha)) is not None}
         path = Path("best" if proof.certified else "closest") / folder
-        self.write((self.place or self.out) / path, goal, trial, proof, files, test)
+        self.write((self.place or self.out) / path, goal, trial, proof, files, test, lost)
         if proof.certified:  # the closest of an earlier end of this run is answered
             shutil.rmtree((self.place or self.out) / "closest" / folder, ignore_errors=True)
         return Finding(
@@ -252,6 +262,7 @@ class Finals:
             candidate=decode(self.parts.space, trial.genotype),
             certificate=proof,
             test=test,
+            lost=lost,
             macs=trial.outcome.macs,
             parameters=trial.outcome.parameters,
             path=str(path),
@@ -300,6 +311,7 @@ class Finals:
         proof: certify.Certificate,
         files: Kept,
         test: Mapping[str, Quality],
+        lost: Mapping[str, Interval],
     ) -> None:
         """One artifact; several variants where the goal's devices compute integers differently."""
         parts, facts = self.parts, self.baseline.facts
@@ -346,6 +358,7 @@ class Finals:
                 seed=parts.job.search.seed,
                 selection=dict(proof.quality),
                 test=dict(test),
+                lost=dict(lost),
                 size_mb={name: trial.outcome.size_mb[name] for name in serves},
                 macs=trial.outcome.macs,
                 parameters=trial.outcome.parameters,
@@ -421,11 +434,15 @@ class Finals:
         except TrialFailure as failure:
             return Arm(name="int8", why=str(failure))
         macs, parameters = thop_count(self.work.parent, examples(self.work.task.input))
+        variants = {profile.name: profile.numeric.variant for profile in self.parts.profiles}
+        test = {name: self.test_quality(f"int8:{one}", files[one].model) for name, one in variants.items()}
+        lost = {name: found for name, one in variants.items() if (found := self.lost(f"int8:{one}")) is not None}
         return Arm(
             name="int8",
             ran=True,
             selection=qualities(self.work, files, "selection"),
-            test=qualities(self.work, files, "test"),
+            test=test,
+            lost=lost,
             readings=readings,
             size_mb={p.name: files[p.numeric.variant].size_mb for p in self.parts.profiles},
             macs=macs,

@@ -61,6 +61,7 @@ class Finding(Record):
     candidate: Candidate
     certificate: Certificate
     test: dict[str, Quality] = {}  # per profile, read once
+    lost: dict[str, Interval] = {}  # of that, sample by sample, where the task tells how each fares
     macs: int = 0
     parameters: int = 0
     path: str = ""  # of the artifact, relative to OUT
@@ -79,6 +80,7 @@ class Arm(Record):
     why: str = ""  # why it was not run, or what went wrong
     selection: dict[str, Quality] = {}
     test: dict[str, Quality] = {}
+    lost: dict[str, Interval] = {}  # on the test split, sample by sample
     readings: dict[str, Reading] = {}
     size_mb: dict[str, float] = {}
     macs: int = 0
@@ -224,8 +226,9 @@ def figures(
     test: Quality | None = None,
     baseline_selection: Quality | None = None,
     baseline_test: Quality | None = None,
+    lost: Interval | None = None,
 ) -> Figures:
-    """A reading and what is known beside it."""
+    """A reading and what is known beside it. `lost`: on the test split, where samples could be compared one by one."""
     ratio = reading.ratio
     met = pareto.meets(reading, budget, size_mb) if budget is not None else None
     return Figures(
@@ -243,7 +246,7 @@ def figures(
         selection=selection,
         test=test,
         drop_selection=drop(baseline_selection, selection),
-        drop_test=drop(baseline_test, test),
+        drop_test=lost or drop(baseline_test, test),
         budget_met=all(met.values()) if met else None,
         fingerprint=reading.fingerprint,
         batch=reading.batch,
@@ -513,6 +516,7 @@ def _winner(
             baseline_size_mb=facts.baseline_size_mb,
             selection=proof.quality.get(profile),
             test=finding.test.get(profile),
+            lost=finding.lost.get(profile),
             baseline_selection=facts.baseline_quality,
             baseline_test=baseline_test,
         )
@@ -591,6 +595,7 @@ def _control(arm: Arm, budgets: Mapping[str, Budget], facts: Facts, baseline_tes
             baseline_size_mb=facts.baseline_size_mb,
             selection=arm.selection.get(profile),
             test=arm.test.get(profile),
+            lost=arm.lost.get(profile),
             baseline_selection=facts.baseline_quality,
             baseline_test=baseline_test,
         )

@@ -230,7 +230,7 @@ class Lab(Bench):
             with torch.no_grad():
                 return several(module(*(torch.from_numpy(one) for one in several(inputs))))[0].numpy()
 
-        return Found(self.task.right(predict, "test"))
+        return Found(self.task.scores(predict, "test"))
 
     def policy(self, arm: Arm) -> Policy:
         """The arm's rules, with distillation by responses where it trains and says nothing else."""
@@ -258,11 +258,11 @@ class Lab(Bench):
         started = time.perf_counter()
         other = make(self, policy)
         row: dict[str, Any] = {}
-        found = other if isinstance(other, Found) else Found(self.task.right(export.predictor(other), "test"))
+        found = other if isinstance(other, Found) else Found(self.task.scores(export.predictor(other), "test"))
         if isinstance(other, bytes) and not policy.of("distill"):  # trained references have our structure
             row["reference_size_ratio"] = len(other) / self.baseline.stat().st_size
             row["reference_speedup"] = self.station.session(self.profile.name, other).speedup
-        gap = (self.task.right(export.predictor(model), "test").astype(float) - found.right.astype(float)) * 100
+        gap = (self.task.scores(export.predictor(model), "test").astype(float) - found.right.astype(float)) * 100
         error = float(gap.std(ddof=1) / np.sqrt(len(gap)))
         row |= {
             "reference_quality": float(found.right.mean()),

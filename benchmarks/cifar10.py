@@ -28,7 +28,7 @@ from torch.nn import functional
 from autocompress.parent import load_parent
 from autocompress.store import cache_dir
 from autocompress.tasks import InputSpec, Predict
-from autocompress.tasks.intervals import wilson
+from autocompress.tasks.intervals import mean_of
 from autocompress.types import Quality, UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -100,7 +100,7 @@ class Cifar:
         """Cross entropy."""
         return functional.cross_entropy(outputs, targets)
 
-    def right(self, predict: Predict, split: str) -> NDArray[np.bool_]:
+    def scores(self, predict: Predict, split: str) -> NDArray[np.bool_]:
         """Whether each image of a split is classified rightly, shape (n,): what paired differences are made of."""
         return np.concatenate(
             [predict(inputs.numpy()).argmax(1) == targets.numpy() for inputs, targets in self.batches(split, 100)]
@@ -108,8 +108,7 @@ class Cifar:
 
     def quality(self, predict: Predict, split: str) -> Quality:
         """Accuracy with Wilson's interval."""
-        right = self.right(predict, split)
-        return Quality(metric=self.metric, split=split, value=wilson(int(right.sum()), len(right)), samples=len(right))
+        return mean_of(self.scores(predict, split), self.metric, split)
 
 
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:

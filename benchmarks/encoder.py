@@ -14,18 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import references as by
 import torch
 import torch_pruning as tp
 from arms import DISTILL, Arm, Lab, Rules, all_of, both, every_second, rows_of
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from autocompress.models.sources import hugging_face
 from autocompress.store import cache_dir
-from autocompress.tasks import Predict, several
+from autocompress.tasks import several
 from autocompress.tasks.text import Text
 from autocompress.tasks.tokens import open_tokenizer, train_tokenizer
 from autocompress.train import Training
@@ -44,7 +42,7 @@ SHAPE = {
 
 
 class Sentences(Text):
-    """SST-2 by the project's own text task, with what paired differences need."""
+    """SST-2 by the project's own text task."""
 
     @classmethod
     def sst2(cls) -> Sentences:
@@ -57,15 +55,6 @@ class Sentences(Text):
             tokenizer.parent.mkdir(parents=True, exist_ok=True)
             train_tokenizer([folder / "train.tsv"], tokenizer, vocabulary=WORDS)
         return cls(folder, tokenizer, length=LENGTH)
-
-    def right(self, predict: Predict, split: str) -> NDArray[np.bool_]:
-        """Whether each sentence of a split is classified rightly, shape (n,)."""
-        found = []
-        for inputs, targets in self.batches(split, 64):
-            given = tuple(one.numpy() for one in several(inputs))
-            answer = several(predict(given))[0]
-            found.append(answer.argmax(1) == targets.numpy())
-        return np.concatenate(found)
 
 
 def untrained() -> nn.Module:

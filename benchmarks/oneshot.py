@@ -42,6 +42,7 @@ from autocompress.models.foreign import Foreign
 from autocompress.parts import make_ops
 from autocompress.pipeline import Release, Shaped, Work, export_float, release, shape, training
 from autocompress.tasks import Predict, Task, several
+from autocompress.tasks.intervals import paired
 from autocompress.types import Candidate, Policy, Rule, Site
 
 SEED = 0
@@ -131,7 +132,7 @@ def pruned_by_hand(parent: nn.Module) -> nn.Module:
 class Measured(Task, Protocol):
     """A task that can say sample by sample what is right."""
 
-    def right(self, predict: Predict, split: str) -> NDArray[np.bool_]:
+    def scores(self, predict: Predict, split: str) -> NDArray[np.bool_]:
         """Whether each sample of a split is classified rightly, shape (n,): what paired differences are made of."""
         ...
 
@@ -165,7 +166,7 @@ class Bench:
         self.folder = tempfile.TemporaryDirectory()
         self.baseline = Path(self.folder.name) / "baseline.onnx"
         self.baseline.write_bytes(export.compose(export_float(self.work, self.work.parent)))
-        self.right = task.right(export.predictor(self.baseline.read_bytes()), "test")
+        self.right = task.scores(export.predictor(self.baseline.read_bytes()), "test")
         console.print(f"{name} fp32: {self.right.mean():.4f} on {len(self.right)} samples", highlight=False)
         plan = plan_cores((self.profile,))
         keep_to(plan.trainers)
@@ -173,16 +174,16 @@ class Bench:
 
     def row(self, arm: str, model: bytes, seconds: float) -> dict[str, Any]:
         """Quality, size and speed of a file."""
-        right = self.task.right(export.predictor(model), "test")
-        lost = (self.right.astype(float) - right.astype(float)) * 100
-        drop, error = float(lost.mean()), float(lost.std(ddof=1) / np.sqrt(len(lost)))
+        right = self.task.scores(export.predictor(model), "test")
+        lost = paired(self.right, right)
+        drop = 100 * lost.value
         row = {
             "network": self.name,
             "arm": arm,
             "quality": float(right.mean()),
             "drop": drop,
-            "drop_low": drop - 1.96 * error,
-            "drop_high": drop + 1.96 * error,
+            "drop_low": 100 * lost.low,
+            "drop_high": 100 * lost.high,
             "size_mb": len(model) / 1e6,
             "size_ratio": len(model) / self.baseline.stat().st_size,
             "samples": len(right),

@@ -142,12 +142,12 @@ def main() -> None:
     bench.work = replace(bench.work, ops=make_ops((*bench.work.ops, "exit", "cascade", "route")))
     try:
         plain = bench.apply(Policy(rules=tuple(everywhere("quantize", bench.builder.sites(), bits="int8")))).model
-        right = bench.task.right(export.predictor(plain), "test").astype(float)
+        right = bench.task.scores(export.predictor(plain), "test").astype(float)
         began = time.perf_counter()
         made = bench.made(asked)
         minutes = (time.perf_counter() - began) / 60
         never = set_thresholds(made.model, dict.fromkeys(thresholds_of(made.model), NEVER))
-        lost = 100 * (right - bench.task.right(export.predictor(made.model), "test"))
+        lost = 100 * (right - bench.task.scores(export.predictor(made.model), "test"))
         drop, error = float(lost.mean()), 1.96 * float(lost.std(ddof=1) / np.sqrt(len(lost)))
         static, dynamic = bench.read(plain), bench.read(made.model)
         entries = list(routes_of(made.receipts))

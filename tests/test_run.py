@@ -22,11 +22,14 @@ import autocompress
 from autocompress import artifact, journal, reuse
 from autocompress.estimate import estimate
 from autocompress.evaluator import Checkpoint
+from autocompress.export import predictor
 from autocompress.live import fold
 from autocompress.parts import parts
 from autocompress.pipeline import weights_of
 from autocompress.run import resume, run
+from autocompress.summary import drop
 from autocompress.tasks.digits import Digits
+from autocompress.tasks.intervals import paired
 from autocompress.train import Training
 from autocompress.types import Cost, Job, LimitError, ModelSource, QualityLimit, State, UserError
 from tests.small_search import builder, job, space
@@ -83,6 +86,22 @@ def test_the_winner_is_certified_and_runs_with_numpy_alone(found) -> None:
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     wanted = session.run(None, {"input": image})[0].argmax(1)
     assert printed == [str(digit) for digit in wanted]
+
+
+def test_what_is_lost_is_told_sample_by_sample(found) -> None:
+    summary, out = found
+    (winner,) = [*summary.winners.values(), *summary.closest.values()]
+    figures, task = winner.devices["local-1t"], Digits()
+    before, after = (
+        task.scores(predictor(path.read_bytes()), "test")
+        for path in (out / "baseline" / "model.onnx", out / winner.path / "model.onnx")
+    )
+    assert figures.drop_test == paired(before, after)
+    assert artifact.read(out / winner.path).manifest.lost == {"local-1t": figures.drop_test}
+    apart = drop(summary.baseline.test, figures.test)  # as if they had been asked about different samples
+    assert figures.drop_test.high - figures.drop_test.low < apart.high - apart.low
+    int8 = summary.controls["int8"].devices["local-1t"].drop_test
+    assert int8.low <= int8.value <= int8.high
 
 
 def _digit(out: Path) -> Path:

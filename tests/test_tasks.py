@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits
 
 from autocompress.tasks import Task
 from autocompress.tasks.digits import Digits, augment, read_digits
-from autocompress.tasks.intervals import wilson
+from autocompress.tasks.intervals import mean_of, paired, wilson
+from autocompress.tasks.judge import judged
 from autocompress.types import UserError
 from examples.my_task import EvenDigits
 
@@ -112,6 +113,102 @@ def test_wilson_known_values():
     assert (wilson(0, 20).low, wilson(0, 20).high) == (0.0, pytest.approx(0.1611, abs=5e-5))
     with pytest.raises(ValueError, match="not a share"):
         wilson(1, 0)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=60))
+def test_paired_holds_the_difference_mirrors_and_shrinks(pairs):
+    before, after = (np.array(one) for one in zip(*pairs, strict=True))
+    lost = paired(before, after)
+    assert lost.value == pytest.approx(before.mean() - after.mean())
+    assert lost.low <= lost.value <= lost.high
+    assert lost.low < lost.high  # also where no two answers differ
+    won = paired(after, before)
+    assert (won.low, won.high) == (pytest.approx(-lost.high), pytest.approx(-lost.low))
+    longer = paired(np.tile(before, 4), np.tile(after, 4))
+    assert longer.high - longer.low < lost.high - lost.low
+
+
+def test_paired_known_values_and_what_cannot_be_paired():
+    # airways before and after a transplantation, of 21 children (Fagerland et al. 2014, Statistics in Medicine
+    # 33:2850, gives -0.517 to -0.026)
+    before, after = (
+        np.repeat([True, True, False, False], [1, 1, 7, 12]),
+        np.repeat([True, False, True, False], [1, 1, 7, 12]),
+    )
+    lost = paired(before, after)
+    assert (lost.value, lost.low, lost.high) == pytest.approx((-6 / 21, -0.517, -0.026), abs=5e-4)
+    # no two differ: z^2 / (n + z^2), as Wilson has it
+    same = paired(before, before)
+    assert (same.low, same.high) == (pytest.approx(-same.high), pytest.approx(1.96**2 / (21 + 1.96**2), abs=1e-4))
+    numbers = paired(np.array([1.0, 2.0, 4.0]), np.array([1.0, 1.0, 1.0]))
+    assert numbers.high == pytest.approx(4 / 3 + 1.96 * (7 / 9) ** 0.5, abs=1e-3)
+    for other in (after[:-1], after[:0], after[None]):
+        with pytest.raises(ValueError, match="not pairs"):
+            paired(before if len(other) else other, other)
+
+
+@pytest.mark.parametrize(("worse", "better"), [(0.02, 0.0), (0.03, 0.02), (0.005, 0.005), (0.2, 0.1)])
+def test_paired_covers_what_is_lost(worse, better):
+    draws = np.random.default_rng(0).random((400, 360))
+    before, after = draws < 1 - better, (draws > worse)
+    found = [paired(*pair) for pair in zip(before, after, strict=True)]
+    held = np.mean([one.low <= worse - better <= one.high for one in found])
+    assert 0.93 <= held <= 0.99
+
+
+def test_a_file_is_asked_once_for_quality_and_scores():
+    asked: list[int] = []
+
+    def predict(inputs):
+        asked.append(len(inputs))
+        return np.eye(10)[np.arange(len(inputs)) % 10]
+
+    quality, scores = judged(Digits(), predict, "test")
+    assert sum(asked) == quality.samples == len(scores)
+    assert mean_of(scores, "accuracy", "test") == quality
+
+    def even(inputs):
+        return np.eye(2)[np.arange(len(inputs)) % 2]
+
+    assert judged(EvenDigits(), even, "test") == (EvenDigits().quality(even, "test"), None)
+
+
+def test_a_task_that_measures_otherwise_than_the_one_it_extends_has_no_scores():
+    class Lenient(Digits):
+        def quality(self, predict, split):
+            return mean_of(self.scores(predict, split) | (np.arange(360) % 2 == 0), self.metric, split)
+
+    class Piecemeal(Digits):
+        def scores(self, predict, split):
+            asked = (predict(one.numpy()[None]) for inputs, _ in self.batches(split, 64) for one in inputs)
+            targets = np.concatenate([targets.numpy() for _, targets in self.batches(split, 64)])
+            return np.concatenate(list(asked)).argmax(axis=1) == targets
+
+        def quality(self, predict, split):
+            return mean_of(super().scores(predict, split), self.metric, split)
+
+    def predict(inputs):
+        return np.eye(10)[[3] * len(inputs)]
+
+    quality, scores = judged(Lenient(), predict, "test")
+    assert quality.value.value > 0.5
+    assert scores is None
+    quality, scores = judged(Piecemeal(), predict, "test")  # asks again, in batches of its own
+    assert scores.mean() == pytest.approx(quality.value.value)
+
+
+def test_quality_is_the_mean_of_scores():
+    right = np.array([True, False, True, True])
+    assert mean_of(right, "accuracy", "test").value == wilson(3, 4)
+    found = mean_of(np.array([0.5, 1.0, 0.75]), "iou", "test")
+    assert (found.value.value, found.samples, found.metric) == (0.75, 3, "iou")
+    assert (
+        found.value.high - 0.75
+        == pytest.approx(0.75 - found.value.low)
+        == pytest.approx(1.96 * 0.25 / 3**0.5, abs=1e-4)
+    )
+    with pytest.raises(ValueError, match="one sample or more"):
+        mean_of(right[:0], "accuracy", "test")
 
 
 @pytest.mark.parametrize("task", [Digits(), EvenDigits()], ids=lambda task: task.name)

@@ -11,6 +11,7 @@ from torch import nn
 
 from autocompress.devices import Samples
 from autocompress.registry import resolve
+from autocompress.tasks.intervals import mean_of
 from autocompress.testing import check_device, check_op, check_task
 from autocompress.types import Entry, Profile, Receipt, Rule
 
@@ -124,3 +125,10 @@ def test_the_digits_task_passes_and_a_leaking_one_does_not():
 
     with pytest.raises(AssertionError, match="does not contain its value"):
         check_task(Sure())
+
+    class Unlike(digits):
+        def quality(self, predict, split):
+            return mean_of(~self.scores(predict, split), self.metric, split)
+
+    with pytest.raises(AssertionError, match="the mean of the scores is"):
+        check_task(Unlike())

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
+from numpy.typing import NDArray
+
 from autocompress.types import Quality, Record
 
 Predict = Callable[[Any], Any]
@@ -70,4 +72,13 @@ class Task(Protocol):
 
     def quality(self, predict: Predict, split: str) -> Quality:
         """Quality with its 95 % interval on a split."""
+        ...
+
+
+@runtime_checkable
+class Scored(Protocol):
+    """What a task may offer beside: how each sample fares, so that what is lost is told as a paired difference."""
+
+    def scores(self, predict: Predict, split: str) -> NDArray[Any]:
+        """Shape (n,), in the order of `batches`; booleans where answers are right or wrong. `quality` is their mean."""
         ...

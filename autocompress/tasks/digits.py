@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from autocompress.tasks import InputSpec, Predict
-from autocompress.tasks.intervals import wilson
+from autocompress.tasks.intervals import mean_of
 from autocompress.types import Quality, UserError
 
 TRAIN, SELECTION, CALIBRATION = 1077, 360, 200
@@ -98,8 +98,10 @@ class Digits:
 
     def quality(self, predict: Predict, split: str) -> Quality:
         """Accuracy with Wilson's 95 % interval."""
-        right, samples = 0, 0
-        for inputs, targets in self.batches(split, 64):
-            right += int((predict(inputs.numpy()).argmax(axis=1) == targets.numpy()).sum())
-            samples += len(targets)
-        return Quality(metric=self.metric, split=split, value=wilson(right, samples), samples=samples)
+        return mean_of(self.scores(predict, split), self.metric, split)
+
+    def scores(self, predict: Predict, split: str) -> NDArray[np.bool_]:
+        """Whether each digit is read rightly."""
+        return np.concatenate(
+            [predict(inputs.numpy()).argmax(axis=1) == targets.numpy() for inputs, targets in self.batches(split, 64)]
+        )

@@ -18,7 +18,7 @@ from autocompress.tasks import InputSpec, Predict, several
 from autocompress.tasks.arrays import idx, is_idx, npz
 from autocompress.tasks.files import data_set, folders
 from autocompress.tasks.frame import Frame, mirrored, shifted
-from autocompress.tasks.intervals import wilson
+from autocompress.tasks.intervals import mean_of
 from autocompress.tasks.pictures import Pictures, as_path
 from autocompress.tasks.recipe import Recipe
 from autocompress.tasks.splits import Cut, classes_of, cut, whole
@@ -169,15 +169,18 @@ class Images:
 
     def quality(self, predict: Predict, split: str) -> Quality:
         """Share of images whose class is the first (or among the first five), with Wilson's 95 % interval."""
-        first, right, samples = METRICS[self.metric], 0, 0
+        return mean_of(self.scores(predict, split), self.metric, split)
+
+    def scores(self, predict: Predict, split: str) -> NDArray[np.bool_]:
+        """Whether the class of each image that could be read is the first (or among the first five)."""
+        first, right = METRICS[self.metric], list[NDArray[np.bool_]]()
         size = max(1, min(256, BATCH_FLOATS // int(np.prod(self.input.shape))))
         for inputs, targets in self.batches(split, size):
             logits: NDArray[Any] = several(predict(inputs.numpy()))[0]
             self._fits(logits.shape)
             best = np.argsort(-logits, axis=1, kind="stable")[:, :first]  # of equal ones the first, as argmax does
-            right += int((best == targets.numpy()[:, None]).sum())
-            samples += len(targets)
-        return Quality(metric=self.metric, split=split, value=wilson(right, samples), samples=samples)
+            right.append((best == targets.numpy()[:, None]).any(axis=1))
+        return np.concatenate(right)
 
     @property
     def _large(self) -> bool:

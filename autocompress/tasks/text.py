@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from autocompress.tasks import InputSpec, Predict, several
-from autocompress.tasks.intervals import wilson
+from autocompress.tasks.intervals import mean_of
 from autocompress.tasks.pictures import as_path
 from autocompress.tasks.recipe import Recipe
 from autocompress.tasks.splits import Cut, classes_of, cut, whole
@@ -147,15 +147,18 @@ class Text:
 
     def quality(self, predict: Predict, split: str) -> Quality:
         """Accuracy with Wilson's 95 % interval."""
-        right, samples = 0, 0
+        return mean_of(self.scores(predict, split), self.metric, split)
+
+    def scores(self, predict: Predict, split: str) -> NDArray[np.bool_]:
+        """Whether each text is classified rightly."""
+        right: list[NDArray[np.bool_]] = []
         for inputs, targets in self.batches(split, BATCH):
             given = tuple(one.numpy() for one in several(inputs))
             answer = predict(given) if len(given) > 1 else predict(*given)
             logits: NDArray[Any] = several(answer)[0]
             self._fits(logits.shape)
-            right += int((logits.argmax(axis=1) == targets.numpy()).sum())
-            samples += len(targets)
-        return Quality(metric=self.metric, split=split, value=wilson(right, samples), samples=samples)
+            right.append(logits.argmax(axis=1) == targets.numpy())
+        return np.concatenate(right)
 
     def _cut(self, split: str) -> Cut:
         if split not in self._cuts:

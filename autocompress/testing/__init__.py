@@ -22,7 +22,7 @@ from autocompress import space as sp
 from autocompress.devices import Device
 from autocompress.ops import Op, TrainOp
 from autocompress.searchers import Searcher
-from autocompress.tasks import Task, several
+from autocompress.tasks import Scored, Task, several
 from autocompress.tasks.recipe import Recipe
 from autocompress.testing.closed_form import ClosedForm as ClosedForm
 from autocompress.types import Gene, Genotype, Profile, Proposal, Receipt, Rule, Space, State, Trial, UserError
@@ -394,3 +394,8 @@ def _check_quality(task: Task, torch: Any, size: int, network: Any) -> None:
     assert found.samples > 0, "quality of no samples"
     assert found.value.low <= found.value.value <= found.value.high, f"{found.value} does not contain its value"
     assert task.quality(predict, "selection") == found, "quality of one model differs between two calls"
+    if isinstance(task, Scored):
+        scores = task.scores(predict, "selection")
+        assert scores.shape == (found.samples,), f"scores of shape {scores.shape}, quality of {found.samples} samples"
+        mean, value = float(scores.mean(dtype=float)), found.value.value
+        assert abs(mean - value) <= 1e-6, f"the mean of the scores is {mean:.6f}, quality is {value:.6f}"
