@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from autocompress import pareto, ranks
+from autocompress import certify, pareto, ranks
 from autocompress.controller import Controller
 from autocompress.types import Assignment, Goal, Limit, Outcome, Quality, State, Trial, TrialFailure
 
@@ -28,6 +28,7 @@ SLACK = 0.92  # of the time is planned: quality, files and readings take some
 WORTH = 0.1  # of the kept time: with less left there is no further round
 LAGS = 0.05  # of the best quality, that a slower candidate may lack after little training
 PAIRED = 1 / 3  # of the interval of one quality, that a difference of two varies by: most answers are the same
+EDGE = 0.01  # of a budget, that who trains longest should be within: two processes that load one file differ by as much
 ALIKE = 0.02  # of the latency, within which two are as slow: a third of a block of a ResNet-56
 LEAST = 1e-4  # of the full training, that a trial goes on by in any case
 FAR = 0.02  # of the parent's quality, that who goes on may lack: from there on the whole rate begins anew
@@ -227,6 +228,7 @@ class Ranked:
     number: int
     score: pareto.Score
     sure: float  # half of the interval of its quality
+    room: float = math.inf  # how far within the tightest budget its times are, as a share of that
 
 
 def contenders(ranked: Sequence[Ranked], count: int) -> list[int]:
@@ -248,13 +250,15 @@ def contenders(ranked: Sequence[Ranked], count: int) -> list[int]:
 def first(ranked: Sequence[Ranked], count: int) -> list[int]:
     """The best; of those whose quality cannot be told from its the slowest, which has most to gain from training.
 
-    Of those that are as slow the one of the highest quality.
+    Of those that are as slow the one of the highest quality. Who stands at the edge of a budget comes after those that
+    do not: its certificate is another measurement.
     """
     if not ranked:
         return []
     best = ranked[0]
     near = best.score.quality - PAIRED * best.sure
     equal = [one for one in ranked if one.score.quality >= near and not _exceeds(one, best)]
+    equal = [one for one in equal if one.room >= EDGE] or equal
     slowest = max(one.score.latency for one in equal)
     ahead = next(one for one in equal if one.score.latency >= (1 - ALIKE) * slowest)
     return list(dict.fromkeys((ahead.number, *(one.number for one in ranked))))[:count]
@@ -273,5 +277,17 @@ def order(trials: Sequence[Trial], goal: Goal, limit: Limit) -> list[Ranked]:
     once: dict[tuple[int, ...], Ranked] = {}
     for score, trial in known:
         widths = [one.value.high - one.value.value for one in trial.outcome.quality.values()]
-        once.setdefault(tuple(trial.genotype), Ranked(trial.number, score, max(widths, default=0.0)))
+        ranked = Ranked(trial.number, score, max(widths, default=0.0), room(trial.outcome, goal))
+        once.setdefault(tuple(trial.genotype), ranked)
     return list(once.values())
+
+
+def room(outcome: Outcome, goal: Goal) -> float:
+    """How far within the tightest budget the unfavourable end of a time lies, as a share of that; sizes are exact."""
+    found = [
+        certify.room(bound)
+        for budget in goal.budgets
+        for bound in certify.bounds(budget, outcome.readings[budget.profile], outcome.size_mb.get(budget.profile))
+        if bound.name != "size_mb"
+    ]
+    return min(found, default=math.inf)

@@ -76,8 +76,8 @@ class Headline(Bench):
         self.threads = asked.threads or os.cpu_count() or 1  # nothing is measured while an arm trains
         self.out: Path = asked.out / asked.network
 
-    def search(self, searcher: str) -> tuple[bytes, dict[str, Any]]:
-        """The joint search, or what was left of it; its winner's file, else the closest one's."""
+    def search(self, searcher: str) -> tuple[bytes | None, dict[str, Any]]:
+        """The joint search, or what was left of it; its winner's file, else the closest one's, if one was trained."""
         out = self.out / f"search-{searcher}"
         summary = out / "summary.json"
         told = out / "minutes.json"
@@ -92,7 +92,7 @@ class Headline(Bench):
             raise SystemExit(f"{out}: the search was interrupted; the same command goes on")
         every = found.closest | found.winners
         winner = every.get(PROFILE) or next(iter(every.values()))
-        model = (out / winner.path / "model.onnx").read_bytes()
+        model = (out / winner.path / "model.onnx").read_bytes() if winner.path else None
         facts = {
             "minutes": round(json.loads(told.read_bytes()), 1),
             "certified": winner.certified,
@@ -208,7 +208,7 @@ class Headline(Bench):
         (done,) = release(self.work, module, policy).values()
         return done.model
 
-    def arm(self, name: str) -> tuple[bytes, dict[str, Any]]:
+    def arm(self, name: str) -> tuple[bytes | None, dict[str, Any]]:
         """The file of an arm, and what else there is to say of it."""
         if name == "random":
             return self.search("random")
@@ -226,15 +226,18 @@ class Headline(Bench):
         reestimate_batchnorm(module, self.task, 8)
         return self.taught(name, module), {}
 
-    def done(self, name: str, make: Callable[[], tuple[bytes, dict[str, Any]]]) -> dict[str, Any]:
-        """A row of the table: read where it was made before."""
+    def done(self, name: str, make: Callable[[], tuple[bytes | None, dict[str, Any]]]) -> dict[str, Any]:
+        """A row of the table: read where it was made before. Without quality where a search has trained nothing."""
         path = self.out / f"{name}.json"
         if path.is_file():
             return json.loads(path.read_bytes())
         started = time.monotonic()
         model, facts = make()
-        write_atomic(self.out / f"{name}.onnx", model)
-        row = {**self.row(name, model, time.monotonic() - started), **facts}
+        if model is None:
+            row = {"network": self.name, "arm": name, "seconds": round(time.monotonic() - started, 1), **facts}
+        else:
+            write_atomic(self.out / f"{name}.onnx", model)
+            row = {**self.row(name, model, time.monotonic() - started), **facts}
         write_atomic(path, json.dumps(row, indent=1).encode())
         return row
 
@@ -290,7 +293,7 @@ def main() -> None:
     parser.add_argument("--network", choices=tuple(DEPTHS), default="resnet56")
     parser.add_argument("--minutes", type=float, default=90.0)
     parser.add_argument("--arms", default="all", help="names by commas, `all` or `none`")
-    parser.add_argument("--searcher", default="evolution")
+    parser.add_argument("--searcher", default="evolution", help="`none` for the arms alone")
     parser.add_argument("--speedup", type=float, default=5.0, help="the budget: times faster than fp32")
     parser.add_argument("--smaller", type=float, default=10.0, help="the budget: times smaller than the fp32 file")
     parser.add_argument("--also", type=device, action="append", default=[], metavar="PROFILE=SPEEDUP")
@@ -313,47 +316,56 @@ def main() -> None:
     bench = Headline(asked, console)
     bench.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
+    ours: dict[str, Any] | None = None
     try:
-        ours = bench.done(f"ours-{asked.searcher}", lambda: bench.search(asked.searcher))
-        write(asked, ours, rows)
+        if asked.searcher != "none":
+            ours = bench.done(f"ours-{asked.searcher}", lambda: bench.search(asked.searcher))
+            write(asked, ours, rows)
         for name in names:
             rows.append(bench.done(name, lambda name=name: bench.arm(name)))
             write(asked, ours, rows)
     finally:
         bench.close()
     view = Table("arm", "quality", "points lost", "times smaller", "times faster", "minutes")
-    for row in (ours, *rows):
+    for row in ([ours] if ours else []) + rows:
+        minutes = f"{row.get('minutes', row['seconds'] / 60):.1f}"
+        if "quality" not in row:
+            view.add_row(row["arm"], f"none of {row['trials']} candidates came to training", "", "", "", minutes)
+            continue
         view.add_row(
             row["arm"],
             f"{row['quality']:.4f}",
             f"{row['drop']:+.2f} [{row['drop_low']:+.2f}, {row['drop_high']:+.2f}]",
             f"{1 / row['size_ratio']:.1f}",
             f"{row['speedup']:.2f} [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]",
-            f"{row.get('minutes', row['seconds'] / 60):.1f}",
+            minutes,
         )
     console.print(view)
-    for name, one in ours["goals"].items() if len(ours["goals"]) > 1 else ():
+    several = ours["goals"] if ours and len(ours["goals"]) > 1 else {}
+    for name, one in several.items():
         told = ", ".join(f"{key} {found['speedup']:.2f}x" for key, found in one["devices"].items())
         lost = "-" if one["drop"] is None else f"{one['drop']:+.2f}"
         console.print(f"{name}: {told}, {lost} points lost, {one['size_ratio']:.1f} times smaller", highlight=False)
 
 
-def write(asked: argparse.Namespace, ours: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def write(asked: argparse.Namespace, ours: dict[str, Any] | None, rows: list[dict[str, Any]]) -> None:
     """What is known so far, for `--json`."""
     if asked.json is None:
         return
+    found: dict[str, Any] = {}
+    if ours is not None:
+        found = {key: ours[key] for key in ("minutes", "certified", "front", "goals")} | {"ours": ours}
+    if ours is not None and "quality" in ours:
+        found |= {
+            "speedup": ours["speedup"],
+            "speedup_ci": [ours["speedup_low"], ours["speedup_high"]],
+            "drop": ours["drop"],
+            "drop_ci": [ours["drop_low"], ours["drop_high"]],
+            "size_ratio": 1 / ours["size_ratio"],
+        }
     told = {
         "network": asked.network,
-        "speedup": ours["speedup"],
-        "speedup_ci": [ours["speedup_low"], ours["speedup_high"]],
-        "drop": ours["drop"],
-        "drop_ci": [ours["drop_low"], ours["drop_high"]],
-        "size_ratio": 1 / ours["size_ratio"],
-        "minutes": ours["minutes"],
-        "certified": ours["certified"],
-        "front": ours["front"],
-        "goals": ours["goals"],
-        "ours": ours,
+        **found,
         "arms": rows,
         "seed": asked.seed,
         "asked": {"minutes": asked.minutes, "speedup": asked.speedup, "smaller": asked.smaller, "drop": asked.drop},

@@ -1,5 +1,6 @@
 """The best few train on after the search: who, how far, and that an interruption changes nothing."""
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -9,12 +10,25 @@ from typing import Any
 import pytest
 
 from autocompress import journal as journals
-from autocompress.closing import FIRST, LEAST, LOWEST, SLACK, Closing, Ranked, contenders, first, marks
+from autocompress.closing import FIRST, LEAST, LOWEST, SLACK, Closing, Ranked, contenders, first, marks, room
 from autocompress.controller import Controller, Header, run_serial
 from autocompress.devices.cores import CorePlan, at_large, given_back, keep_to
 from autocompress.journal import Journal
 from autocompress.pareto import Score
-from autocompress.types import Assignment, Cost, Fidelity, Outcome, SearchPlan, State, TrialFailure, UserError
+from autocompress.types import (
+    Assignment,
+    Budget,
+    Cost,
+    Fidelity,
+    Goal,
+    Interval,
+    Outcome,
+    Reading,
+    SearchPlan,
+    State,
+    TrialFailure,
+    UserError,
+)
 from tests.test_controller import Closed, Learner, closed_outcome, head, story
 
 RUNGS = Fidelity(rungs=(0.1, 0.2, 1.0), keep=0.5)
@@ -339,3 +353,23 @@ def test_of_those_that_cannot_be_told_apart_the_slowest_trains_longest():
     over = [*found, Ranked(9, Score(0.7995, 0.9, 0.9), 0.01)]  # it breaks a budget
     assert first(over, 1) == [3]
     assert first([], 1) == []
+
+
+def test_who_stands_at_the_edge_of_a_budget_does_not_train_longest():
+    found = [Ranked(1, Score(0.800, 0.10, 0.0), 0.01, 0.4), Ranked(2, Score(0.798, 0.14, 0.0), 0.01, 0.16)]
+    edge = Ranked(3, Score(0.799, 0.166, 0.0), 0.01, 0.004)
+    assert first([*found, edge], 1) == [2]
+    assert first([edge], 1) == [3]  # where there is no other
+
+
+def test_room_is_that_of_the_times_on_the_tightest_device():
+    def reading(profile: str, low: float, high: float) -> Reading:
+        spread = Interval(value=(low + high) / 2, low=low, high=high)
+        return Reading(profile=profile, ms=spread, p95_ms=spread, baseline_ms=spread, ratio=spread, samples=9, rounds=3)
+
+    outcome = Outcome(
+        readings={"a": reading("a", 0.2, 0.25), "b": reading("b", 0.32, 0.33)}, size_mb={"a": 0.2, "b": 0.2}
+    )
+    goal = Goal(name="all", budgets=(Budget(profile="a", speedup=3, size_mb=0.2), Budget(profile="b", speedup=3)))
+    assert room(outcome, goal) == pytest.approx(1 / 0.33 / 3 - 1)
+    assert room(outcome, Goal(name="a", budgets=(Budget(profile="a", size_mb=0.2),))) == math.inf
