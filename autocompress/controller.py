@@ -227,11 +227,20 @@ class Controller:
             return True
         if self.rounds:
             return not (self._waiting or self._lost_finals() or self._open & self._finals.keys())
-        if self.elapsed >= self.cost.search_seconds:
+        if self.time_is_over:
             return True
         if self._open or self._again or not (self._exhausted or self._asked >= self.cost.trials):
             return False
         return self._ladder.promotable() is None
+
+    @property
+    def time_is_over(self) -> bool:
+        """Whether the time for new trials is over. What is kept for the best few is the search's until there is one."""
+        elapsed = self.elapsed
+        if elapsed < self.cost.search_seconds:
+            return False
+        whole = elapsed >= 60 * self.cost.minutes
+        return whole or any(t.number and t.rung >= 0 and t.state is not State.FAILED for t in self._trials.values())
 
     def stop(self) -> None:
         """Ask nothing more. What is in flight stays so in the journal, and runs again after a resume."""
@@ -251,7 +260,7 @@ class Controller:
     def ask(self) -> Assignment | None:
         """What to run next: lost trials first, then promotions, then the searcher's; None when there is nothing now."""
         self.settle()
-        if self._stopped or (not self.rounds and self.elapsed >= self.cost.search_seconds):
+        if self._stopped or (not self.rounds and self.time_is_over):
             return None
         if self.rounds:
             return self._ask_final()

@@ -373,3 +373,38 @@ def test_room_is_that_of_the_times_on_the_tightest_device():
     goal = Goal(name="all", budgets=(Budget(profile="a", speedup=3, size_mb=0.2), Budget(profile="b", speedup=3)))
     assert room(outcome, goal) == pytest.approx(1 / 0.33 / 3 - 1)
     assert room(outcome, Goal(name="a", budgets=(Budget(profile="a", size_mb=0.2),))) == math.inf
+
+
+class Tight(Kept):
+    """Five minutes a trial, over every budget before a certain one."""
+
+    def __init__(self, fits: int) -> None:
+        super().__init__()
+        self.fits, self.now = fits, 0.0
+
+    def evaluate(self, assignment: Assignment) -> Iterator[tuple[State, Outcome]]:
+        if not assignment.final:
+            self.now += 300
+        if assignment.number < self.fits:
+            yield State.INFEASIBLE, closed_outcome(0.9, None, 0.0)
+        else:
+            yield from super().evaluate(assignment)
+
+
+@pytest.mark.parametrize(("fits", "asked", "trained"), [(1, 6, True), (8, 8, True), (99, 12, False)])
+def test_the_kept_time_is_the_searchs_until_there_is_somebody_to_train(
+    tmp_path: Path, fits: int, asked: int, trained: bool
+) -> None:
+    evaluator = Tight(fits)
+    path = tmp_path / "journal.jsonl"
+    controller = Controller.begin(Journal.create(path, header(trials=50).event()), Learner, clock=lambda: evaluator.now)
+    run_serial(controller, evaluator)
+    assert max(trial.number for trial in controller.trials) == asked
+    closing(controller, evaluator).go()
+    assert bool(controller.in_finals) == trained
+    assert controller.finished
+    controller.journal.close()
+    again = Controller.resume(Journal.open(path), Learner, clock=lambda: 0.0)
+    assert again.trials == controller.trials
+    assert again.finished
+    again.journal.close()
