@@ -348,7 +348,7 @@ def build(
         baseline=base,
         winners=good,
         closest={name: one for name, one in reached.items() if name not in good},
-        controls={arm.name: _control(arm, budgets, facts, baseline_test) for arm in _all_arms(arms)},
+        controls={arm.name: _control(arm, budgets, facts, baseline_test) for arm in _all_arms(arms, searcher)},
         failures=failures(searched),
         problems=tuple(problems),
         seconds={name: round(value, 3) for name, value in sorted(spent.items())},
@@ -578,11 +578,11 @@ def _uncertified(trial: Trial, goal: Goal, limit: Limit, space_: Space) -> Findi
     )
 
 
-def _all_arms(arms: Sequence[Arm]) -> list[Arm]:
-    """Those that ran, and those that the reader should know to be missing."""
+def _all_arms(arms: Sequence[Arm], searcher: str) -> list[Arm]:
+    """Those that ran, and those that the reader should know to be missing. A random search is its own control."""
     named = {arm.name: arm for arm in arms}
     usual = ("int8", "uniform", "random")
-    missing = [Arm(name=name, why="not run in this search") for name in usual if name not in named]
+    missing = [Arm(name=name, why="not run in this search") for name in usual if name not in (*named, searcher)]
     return [*arms, *missing]
 
 
