@@ -17,7 +17,7 @@ from scipy.special import stdtrit
 
 from autocompress.devices import Unreachable
 from autocompress.pareto import meets, tails
-from autocompress.types import Budget, Goal, Interval, Limit, Quality, Reading, Record, SearchPlan
+from autocompress.types import Budget, Goal, Interval, Limit, Outcome, Quality, Reading, Record, SearchPlan
 
 T = TypeVar("T")
 MORE = ("speedup", "throughput")
@@ -174,6 +174,20 @@ def room(bound: Bound) -> float:
         return -1.0
     share = bound.bound / bound.budget
     return share - 1.0 if bound.name in MORE else 1.0 - share
+
+
+def spare(outcome: Outcome, goal: Goal, *, exact: bool = True) -> float:
+    """Room in the tightest budget of a goal; infinite where nothing is bounded.
+
+    Without `exact` a file's size does not count, which no second look changes.
+    """
+    found = [
+        room(bound)
+        for budget in goal.budgets
+        for bound in bounds(budget, outcome.readings[budget.profile], outcome.size_mb.get(budget.profile))
+        if exact or bound.name != "size_mb"
+    ]
+    return min(found, default=math.inf)
 
 
 def judge(

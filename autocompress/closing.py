@@ -277,17 +277,6 @@ def order(trials: Sequence[Trial], goal: Goal, limit: Limit) -> list[Ranked]:
     once: dict[tuple[int, ...], Ranked] = {}
     for score, trial in known:
         widths = [one.value.high - one.value.value for one in trial.outcome.quality.values()]
-        ranked = Ranked(trial.number, score, max(widths, default=0.0), room(trial.outcome, goal))
+        ranked = Ranked(trial.number, score, max(widths, default=0.0), certify.spare(trial.outcome, goal, exact=False))
         once.setdefault(tuple(trial.genotype), ranked)
     return list(once.values())
-
-
-def room(outcome: Outcome, goal: Goal) -> float:
-    """How far within the tightest budget the unfavourable end of a time lies, as a share of that; sizes are exact."""
-    found = [
-        certify.room(bound)
-        for budget in goal.budgets
-        for bound in certify.bounds(budget, outcome.readings[budget.profile], outcome.size_mb.get(budget.profile))
-        if bound.name != "size_mb"
-    ]
-    return min(found, default=math.inf)

@@ -55,18 +55,6 @@ FINALISTS = 3
 ROOM = 0.1
 
 
-def room(trial: Trial, goal: Goal) -> float:
-    """How far inside the tightest budget the unfavourable bound lies, as a share of the budget; negative outside."""
-    found = [
-        certify.room(bound)
-        for budget in goal.budgets
-        for bound in certify.bounds(
-            budget, trial.outcome.readings[budget.profile], trial.outcome.size_mb.get(budget.profile)
-        )
-    ]
-    return min(found, default=0.0)
-
-
 def finalists(trials: Sequence[Trial], goal: Goal, limit: Limit) -> tuple[Trial, ...]:
     """The best few fully trained trials for a goal, the closest where none is feasible.
 
@@ -76,7 +64,7 @@ def finalists(trials: Sequence[Trial], goal: Goal, limit: Limit) -> tuple[Trial,
     full = [t for t in trials if t.number > 0 and t.state is State.DONE and "receipts" in t.outcome.files]
     ranked = pareto.best(full, goal, limit, len(full))
     first, rest = ranked[: FINALISTS - 1], ranked[FINALISTS - 1 :]
-    return (*first, *([t for t in rest if room(t, goal) >= ROOM] or rest)[:1])
+    return (*first, *([t for t in rest if certify.spare(t.outcome, goal) >= ROOM] or rest)[:1])
 
 
 @dataclass
@@ -229,10 +217,11 @@ class Finals:
             self.test[sha], self.scores[sha] = judged(self.work.task, export.predictor(model), "test")
         return self.test[sha]
 
-    def lost(self, sha: str) -> Interval | None:
-        """What a file loses of the baseline's quality on the test split, where each sample's share of both is known."""
-        before, after = self.scores.get("baseline"), self.scores.get(sha)
-        return paired(before, after) if before is not None and after is not None else None
+    def lost(self, shas: Mapping[str, str]) -> dict[str, Interval]:
+        """By profile what its file loses of the baseline's quality on the test split, where samples can be compared."""
+        before = self.scores.get("baseline")
+        after = {name: self.scores.get(sha) for name, sha in shas.items()}
+        return {name: paired(before, one) for name, one in after.items() if before is not None and one is not None}
 
     def decide(
         self, trials: tuple[Trial, ...], goal: Goal, folder: str, also: tuple[Trial, ...] = ()
@@ -251,7 +240,7 @@ class Finals:
         names = [budget.profile for budget in goal.budgets]
         shas = {name: files.shas[self.variant(name)] for name in names}
         test = {name: self.test_quality(sha, files.models[self.variant(name)]) for name, sha in shas.items()}
-        lost = {name: found for name, sha in shas.items() if (found := self.lost(sha)) is not None}
+        lost = self.lost(shas)
         path = Path("best" if proof.certified else "closest") / folder
         self.write((self.place or self.out) / path, goal, trial, proof, files, test, lost)
         if proof.certified:  # the closest of an earlier end of this run is answered
@@ -434,15 +423,14 @@ class Finals:
         except TrialFailure as failure:
             return Arm(name="int8", why=str(failure))
         macs, parameters = thop_count(self.work.parent, examples(self.work.task.input))
-        variants = {profile.name: profile.numeric.variant for profile in self.parts.profiles}
-        test = {name: self.test_quality(f"int8:{one}", files[one].model) for name, one in variants.items()}
-        lost = {name: found for name, one in variants.items() if (found := self.lost(f"int8:{one}")) is not None}
+        names = {profile.name: f"int8:{profile.numeric.variant}" for profile in self.parts.profiles}
+        test = {name: self.test_quality(kept, files[self.variant(name)].model) for name, kept in names.items()}
         return Arm(
             name="int8",
             ran=True,
             selection=qualities(self.work, files, "selection"),
             test=test,
-            lost=lost,
+            lost=self.lost(names),
             readings=readings,
             size_mb={p.name: files[p.numeric.variant].size_mb for p in self.parts.profiles},
             macs=macs,

@@ -44,6 +44,7 @@ from autocompress.ops.thresholds import routes_of
 from autocompress.parts import make_ops
 from autocompress.pipeline import Release, release, shape, timed, training
 from autocompress.store import write_atomic
+from autocompress.tasks.intervals import paired
 from autocompress.tradeoff import measured
 from autocompress.types import Candidate, Policy, Reading, Rule
 
@@ -142,13 +143,13 @@ def main() -> None:
     bench.work = replace(bench.work, ops=make_ops((*bench.work.ops, "exit", "cascade", "route")))
     try:
         plain = bench.apply(Policy(rules=tuple(everywhere("quantize", bench.builder.sites(), bits="int8")))).model
-        right = bench.task.scores(export.predictor(plain), "test").astype(float)
+        right = bench.task.scores(export.predictor(plain), "test")
         began = time.perf_counter()
         made = bench.made(asked)
         minutes = (time.perf_counter() - began) / 60
         never = set_thresholds(made.model, dict.fromkeys(thresholds_of(made.model), NEVER))
-        lost = 100 * (right - bench.task.scores(export.predictor(made.model), "test"))
-        drop, error = float(lost.mean()), 1.96 * float(lost.std(ddof=1) / np.sqrt(len(lost)))
+        lost = paired(right, bench.task.scores(export.predictor(made.model), "test"))
+        drop = 100 * lost.value
         static, dynamic = bench.read(plain), bench.read(made.model)
         entries = list(routes_of(made.receipts))
         assert dynamic.p99_ms is not None
@@ -164,7 +165,7 @@ def main() -> None:
             "dynamic_p99_ms": dynamic.p99_ms.value,
             "saved": 1.0 - dynamic.ratio.value / static.ratio.value,
             "drop": drop,
-            "drop_ci": [drop - error, drop + error],
+            "drop_ci": [100 * lost.low, 100 * lost.high],
             "quality": float(right.mean() - drop / 100),
             "static_quality": float(right.mean()),
             "never_exit_overhead": bench.overhead(never, plain),
@@ -182,7 +183,7 @@ def main() -> None:
         bench.close()
     view = Table("", "plain int8", "with exits")
     view.add_row("quality on 5000-9999", f"{told['static_quality']:.4f}", f"{told['quality']:.4f}")
-    view.add_row("points lost", "", f"{drop:+.2f} [{drop - error:+.2f}, {drop + error:+.2f}]")
+    view.add_row("points lost", "", f"{drop:+.2f} [{100 * lost.low:+.2f}, {100 * lost.high:+.2f}]")
     view.add_row("mean ms", f"{static.ms.value:.3f}", f"{dynamic.ms.value:.3f} ({100 * told['saved']:.0f} % less)")
     view.add_row("p99 ms", f"{static.p99_ms.value:.3f}" if static.p99_ms else "", f"{dynamic.p99_ms.value:.3f}")
     view.add_row("exits switched off", "", f"{100 * told['never_exit_overhead']:+.1f} %")

@@ -1,5 +1,6 @@
 from autocompress import finals, pareto
-from autocompress.finals import FINALISTS, room
+from autocompress.certify import spare
+from autocompress.finals import FINALISTS
 from autocompress.types import Budget, Goal, Interval, Limit, Outcome, Quality, Reading, State, Trial
 
 GOAL = Goal(name="a", budgets=(Budget(profile="a", speedup=3),))
@@ -21,10 +22,10 @@ def finalists(*trials: Trial) -> list[int]:
 
 
 def test_room_is_the_share_of_the_budget_that_is_left() -> None:
-    assert abs(room(trial(1, 0.99, 3.3), GOAL) - 0.1) < 1e-9
-    assert room(trial(1, 0.99, 2.7), GOAL) < 0
+    assert abs(spare(trial(1, 0.99, 3.3).outcome, GOAL) - 0.1) < 1e-9
+    assert spare(trial(1, 0.99, 2.7).outcome, GOAL) < 0
     sized = Goal(name="a", budgets=(Budget(profile="a", speedup=3, size_mb=1.25),))
-    assert abs(room(trial(1, 0.99, 6), sized) - 0.2) < 1e-9
+    assert abs(spare(trial(1, 0.99, 6).outcome, sized) - 0.2) < 1e-9
 
 
 def test_the_last_finalist_has_room_where_the_best_stand_at_the_edge() -> None:
